@@ -1,0 +1,114 @@
+"""Building objects from configs, and the few helpers that every floor of the code base shares."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+# Published YAML files use these strings where a config is expected; the model decides what they mean.
+FIRST_STAGE_ALIAS = "__is_first_stage__"
+UNCONDITIONAL_ALIAS = "__is_unconditional__"
+
+
+class ConfigError(ValueError):
+    """A config names something that does not exist or passes a parameter that its target does not take."""
+
+
+def to_plain(config: Any) -> Any:
+    """Return `config` with every OmegaConf container replaced by a plain dict or list (interpolations resolved)."""
+    if isinstance(config, (DictConfig, ListConfig)):
+        return OmegaConf.to_container(config, resolve=True)
+    return config
+
+
+def get_obj_from_str(target: str) -> Any:
+    """Import `package.module.Name` and return the object.
+
+    Raises `ConfigError` with the nearest existing name when the module or the attribute does not exist.
+    """
+    module_name, _, name = target.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"target '{target}' is not a dotted path such as 'ldm.models.autoencoder.AutoencoderKL'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A missing third-party dependency deserves its own message, not "no such target".
+        if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise
+        raise ConfigError(f"target '{target}': there is no module '{module_name}'") from error
+    if not hasattr(module, name):
+        raise ConfigError(f"target '{target}': module '{module_name}' has no '{name}'{did_you_mean(name, dir(module))}")
+    return getattr(module, name)
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    """Return ` (did you mean 'x'?)` for the known word closest to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def check_params(target: str, factory: Callable[..., Any], params: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` when `params` has a key that `factory` does not take; the message names key and remedy."""
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # some C-implemented callables have no signature to check against
+        return
+    kinds = [p.kind for p in signature.parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        return
+    known = [n for n, p in signature.parameters.items() if p.kind is not inspect.Parameter.POSITIONAL_ONLY]
+    unknown = [key for key in params if key not in known]
+    if unknown:
+        key = unknown[0]
+        raise ConfigError(
+            f"'{key}' is not a parameter of {target}{did_you_mean(key, known)}; it takes: {', '.join(known)}"
+        )
+
+
+def instantiate_from_config(config: Any, *args: Any, **extra: Any) -> Any:
+    """Build the object that a `{target: dotted.path, params: {...}}` config describes.
+
+    `args` and `extra` are passed besides `params`; `extra` wins over `params`. The target sees plain dicts and lists,
+    never OmegaConf containers. The strings `__is_first_stage__` and `__is_unconditional__` give None.
+    Raises `ConfigError` for a missing or unknown target and for parameters that the target does not take.
+    """
+    config = to_plain(config)
+    if config in (FIRST_STAGE_ALIAS, UNCONDITIONAL_ALIAS):
+        return None
+    if not isinstance(config, Mapping) or "target" not in config:
+        raise ConfigError(f"expected a config with a 'target' key, got: {config!r}")
+    target = config["target"]
+    params = {**(config.get("params") or {}), **extra}
+    factory = get_obj_from_str(target)
+    check_params(target, factory, params)
+    return factory(*args, **params)
+
+
+def freeze(module: ModuleT) -> ModuleT:
+    """Put `module` in eval mode for good and stop gradients to its parameters; returns the module.
+
+    Later calls of `.train()` on a parent do not switch it back (dropout and batch statistics stay off).
+    """
+    module.eval()
+    module.requires_grad_(False)
+    for part in module.modules():
+        part.train = _stay_in_eval.__get__(part)  # type: ignore[method-assign]
+    return module
+
+
+def _stay_in_eval(self: nn.Module, mode: bool = True) -> nn.Module:
+    del mode
+    return self
+
+
+def count_params(module: nn.Module) -> int:
+    """Number of scalars in the parameters of `module`."""
+    return sum(p.numel() for p in module.parameters())
