@@ -57,20 +57,37 @@ def did_you_mean(word: str, known: Any) -> str:
 
 def check_params(target: str, factory: Callable[..., Any], params: Mapping[str, Any]) -> None:
     """Raise `ConfigError` when `params` has a key that `factory` does not take; the message names key and remedy."""
-    try:
-        signature = inspect.signature(factory)
-    except (TypeError, ValueError):  # some C-implemented callables have no signature to check against
-        return
-    kinds = [p.kind for p in signature.parameters.values()]
-    if inspect.Parameter.VAR_KEYWORD in kinds:
-        return
-    known = [n for n, p in signature.parameters.items() if p.kind is not inspect.Parameter.POSITIONAL_ONLY]
-    unknown = [key for key in params if key not in known]
-    if unknown:
+    known = _parameter_names(factory)
+    unknown = [key for key in params if known is not None and key not in known]
+    if known is not None and unknown:
         key = unknown[0]
         raise ConfigError(
             f"'{key}' is not a parameter of {target}{did_you_mean(key, known)}; it takes: {', '.join(known)}"
         )
+
+
+def _parameter_names(factory: Callable[..., Any]) -> list[str] | None:
+    """Names that `factory` takes; a class whose constructor passes `**options` on also takes those of its bases.
+
+    None when everything is accepted or nothing can be known.
+    """
+    constructors = (
+        [c.__dict__["__init__"] for c in factory.__mro__ if "__init__" in c.__dict__]
+        if isinstance(factory, type)
+        else [factory]
+    )
+    names: list[str] = []
+    for constructor in constructors:
+        try:
+            parameters = inspect.signature(constructor).parameters.values()
+        except (TypeError, ValueError):  # some C-implemented callables have no signature to check against
+            return None
+        names += [
+            p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"
+        ]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names
+    return None
 
 
 def instantiate_from_config(config: Any, *args: Any, **extra: Any) -> Any:
