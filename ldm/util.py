@@ -17,6 +17,12 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 FIRST_STAGE_ALIAS = "__is_first_stage__"
 UNCONDITIONAL_ALIAS = "__is_unconditional__"
 
+# Published YAML files also name these classes of taming-transformers, whose modules need packages that we do without.
+_OWN_INSTEAD_OF_TAMING = {
+    "taming.modules.losses.vqperceptual.": "ldm.modules.losses.",
+    "taming.data.faceshq.": "ldm.data.faceshq.",
+}
+
 
 class ConfigError(ValueError):
     """A config names something that does not exist or passes a parameter that its target does not take."""
@@ -30,10 +36,12 @@ def to_plain(config: Any) -> Any:
 
 
 def get_obj_from_str(target: str) -> Any:
-    """Import `package.module.Name` and return the object.
+    """Import `package.module.Name` and return the object; taming's losses and faces give the project's own classes.
 
     Raises `ConfigError` with the nearest existing name when the module or the attribute does not exist.
     """
+    for theirs, ours in _OWN_INSTEAD_OF_TAMING.items():
+        target = target.replace(theirs, ours) if target.startswith(theirs) else target
     module_name, _, name = target.rpartition(".")
     if not module_name:
         raise ConfigError(f"target '{target}' is not a dotted path such as 'ldm.models.autoencoder.AutoencoderKL'")
