@@ -1,0 +1,105 @@
+"""Small parts that the denoising networks share: normalisation, checkpointing, step embeddings, n-d layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+NORM_GROUPS = 32
+_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_POOLINGS: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation that keeps the dtype of its input and computes in float32.
+
+    The kernels accumulate half-precision inputs in float32 themselves; under autocast, where the weights are float32,
+    the input is raised to their dtype first.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (B, C, ...) over groups of channels."""
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
+class TokenProjection(nn.Linear):
+    """Linear map of tokens (B, N, C) whose weight is stored as that of a 1x1 convolution over `dims` axes.
+
+    Checkpoints hold many projections as (C_out, C_in, 1, 1) or (C_out, C_in, 1). Applied to tokens they give attention
+    queries with contiguous channels, which its fused kernels need. `dims=0` is a plain linear layer.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, dims: int = 0) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.weight = nn.Parameter(self.weight.detach().reshape(out_features, in_features, *[1] * dims))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, N, C_in) to (B, N, C_out)."""
+        return F.linear(input, self.weight.flatten(1), self.bias)
+
+
+def normalization(channels: int, eps: float = 1e-5) -> GroupNorm32:
+    """Group normalisation over 32 groups, computed in float32."""
+    if channels % NORM_GROUPS:
+        raise ValueError(
+            f"{channels} channels cannot be normalised in {NORM_GROUPS} groups: use a multiple of {NORM_GROUPS}"
+        )
+    return GroupNorm32(NORM_GROUPS, channels, eps=eps)
+
+
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """Convolution over `dims` spatial axes; further arguments as `torch.nn.Conv2d` takes them."""
+    return _by_dims(_CONVOLUTIONS, dims)(*args, **kwargs)
+
+
+def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """Average pooling over `dims` spatial axes; further arguments as `torch.nn.AvgPool2d` takes them."""
+    return _by_dims(_POOLINGS, dims)(*args, **kwargs)
+
+
+def _by_dims(table: dict[int, Any], dims: int) -> Any:
+    if dims not in table:
+        raise ValueError(f"dims={dims!r} is not supported: use 1, 2 or 3 spatial axes")
+    return table[dims]
+
+
+def zero_module(module: ModuleT) -> ModuleT:
+    """Set all parameters of `module` to zero and return it, so that its residual branch starts as the identity."""
+    for parameter in module.parameters():
+        parameter.detach().zero_()
+    return module
+
+
+def checkpoint(function: Callable[..., Tensor], *inputs: Any, enabled: bool = True) -> Tensor:
+    """Call `function(*inputs)`; when `enabled`, store no activations but compute them again in the backward pass.
+
+    Gradients equal those of a plain call, whichever of parameters and inputs need them. Without gradients this is a
+    plain call.
+    """
+    if not (enabled and torch.is_grad_enabled()):
+        return function(*inputs)
+    return torch_checkpoint(function, *inputs, use_reentrant=False)
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False) -> Tensor:
+    """Sinusoidal embedding of (possibly fractional) time steps (B,) as float32 (B, dim): cosines, then sines.
+
+    Wavelengths grow geometrically from 2 pi towards 2 pi `max_period`; an odd `dim` ends with a zero column. With
+    `repeat_only` the steps themselves are repeated `dim` times.
+    """
+    if repeat_only:
+        return timesteps[:, None].repeat(1, dim)  # (B, dim)
+    half = dim // 2
+    # On the CPU whatever the device: an exp that is off by one bit there shifts the phase of t = 1000 by 1e-4.
+    exponents = torch.arange(half, dtype=torch.float32, device="cpu") / half
+    frequencies = torch.exp(-math.log(max_period) * exponents).to(timesteps.device, non_blocking=True)
+    angles = timesteps[:, None].float() * frequencies  # (B, half)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))  # (B, dim)
