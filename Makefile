@@ -1,0 +1,30 @@
+.DEFAULT_GOAL := help
+.PHONY: help install test slow lint format types check data
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
+
+install:  ## install the project in the active environment, with everything that development needs
+	python -m pip install -e ".[dev]"
+
+test:  ## run the tests (a few minutes)
+	python -m pytest
+
+slow:  ## run the tests that take minutes or many gigabytes
+	python -m pytest -m slow
+
+lint:  ## check style and formatting
+	ruff check .
+	ruff format --check .
+
+format:  ## rewrite the files in the project's style
+	ruff check --fix .
+	ruff format .
+
+types:  ## check the type hints
+	mypy
+
+check: lint types test  ## what has to pass before a change lands
+
+data:  ## build the emoji pictures that the embedded model was trained on
+	python scripts/data/build_emoji.py

@@ -1,0 +1,149 @@
+"""House rules, checked over the syntax tree: imports run one way, the library prints nothing and fixes no device."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAX_LINES = 400
+
+# From low to high. A module imports only from rows above its own, or from within its own entry (an entry covers the
+# modules below it, and the longest match counts). A new module needs an entry only when no row covers it.
+FLOORS: list[set[str]] = [
+    {"ldm"},
+    {"ldm.util", "ldm.protocols", "ldm.cli"},
+    {"ldm.resources", "ldm.lr_scheduler", "ldm.checkpoint", "ldm.data"},
+    {"ldm.modules.diffusionmodules.util", "ldm.modules.ema", "ldm.modules.distributions"},
+    {"ldm.modules.attention", "ldm.modules.x_transformer"},
+    {"ldm.modules.diffusionmodules", "ldm.modules.losses"},
+    {"ldm.modules.encoders", "ldm.modules.embedding_io"},
+    {"ldm.modules.embedding_manager"},
+    {"ldm.models.autoencoder"},
+    {"ldm.models.diffusion.schedule"},
+    {"ldm.models.diffusion.sampler"},
+    {
+        "ldm.models.diffusion.ddim",
+        "ldm.models.diffusion.plms",
+        "ldm.models.diffusion.dpm_solver",
+        "ldm.models.diffusion.ancestral",
+    },
+    {"ldm.models.diffusion.visualize"},
+    {"ldm.models.diffusion"},
+    {"ldm.callbacks", "ldm.run", "ldm.generate"},
+    {"evaluation.metrics"},
+    {"evaluation.clip_eval"},
+    {"evaluation"},
+    {"main", "merge_embeddings", "scripts"},
+]
+FLOOR_OF = {entry: floor for floor, entries in enumerate(FLOORS) for entry in entries}
+COMMANDS = ("main", "merge_embeddings", "scripts", "ldm.cli")  # these talk to the user
+
+
+def sources() -> dict[str, Path]:
+    """{dotted name: file} of all modules of the project."""
+    files = [*ROOT.glob("*.py"), *(p for d in ("ldm", "evaluation", "scripts") for p in (ROOT / d).rglob("*.py"))]
+    names = {}
+    for file in files:
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return names
+
+
+SOURCES = sources()
+TREES = {name: ast.parse(path.read_text(), filename=str(path)) for name, path in SOURCES.items()}
+LIBRARY = [name for name in SOURCES if name.startswith(("ldm", "evaluation"))]
+
+
+def entry(module: str) -> str | None:
+    """The longest entry of the table that covers `module`."""
+    parts = module.split(".")
+    prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((p for p in prefixes if p in FLOOR_OF and (p != "ldm" or module == "ldm")), None)
+
+
+def imported(name: str) -> Iterator[tuple[int, str]]:
+    """(line, module of the project) of every import that runs, lazy ones inside functions too."""
+    blocks = [n for n in ast.walk(TREES[name]) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    for_types_only = {id(part) for block in blocks for statement in block.body for part in ast.walk(statement)}
+    for node in ast.walk(TREES[name]):
+        if id(node) in for_types_only:
+            continue
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found = [f"{base}.{alias.name}" for alias in node.names] if (base := absolute(name, node)) else []
+        else:
+            continue
+        for target in found:
+            module = target if target in SOURCES else target.rpartition(".")[0]
+            if module in SOURCES and module != name:
+                yield node.lineno, module
+
+
+def absolute(name: str, node: ast.ImportFrom) -> str:
+    """Module that a `from ... import` names, relative ones resolved."""
+    if not node.level:
+        return node.module or ""
+    package = name if SOURCES[name].name == "__init__.py" else name.rpartition(".")[0]
+    base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1])
+    return f"{base}.{node.module}" if node.module else base
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_run_one_way(name: str):
+    own = entry(name)
+    if own is None:
+        assert not list(imported(name)), f"{name} has no floor: add it to FLOORS in {Path(__file__).name}"
+        return
+    for line, module in imported(name):
+        other = entry(module)
+        assert other is not None, f"{name}:{line}: {module} has no floor: add it to FLOORS in {Path(__file__).name}"
+        assert other == own or FLOOR_OF[other] < FLOOR_OF[own], (
+            f"{name}:{line} imports {module}, which is not on a lower floor: pass the object in, or move the code down"
+        )
+
+
+def test_no_import_cycles():
+    graph = {name: {module for _, module in imported(name)} for name in SOURCES}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, "import cycle: " + " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for module in sorted(graph[name]):
+                visit(module, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", [n for n in LIBRARY if not n.startswith(COMMANDS)])
+def test_library_does_not_print(name: str):
+    calls = [n for n in ast.walk(TREES[name]) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    lines = [call.lineno for call in calls if call.func.id == "print"]  # type: ignore[attr-defined]
+    assert not lines, f"{name} prints in lines {lines}: use logging"
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_library_fixes_no_device(name: str):
+    """ "cuda" may be compared with, but is nobody's default, and nothing is moved there by name."""
+    compared = {id(part) for node in ast.walk(TREES[name]) if isinstance(node, ast.Compare) for part in ast.walk(node)}
+    lines = []
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in compared:
+            lines += [node.lineno] if re.fullmatch(r"cuda(:\d+)?", node.value) else []
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+            lines.append(node.lineno)
+    assert not lines, f"{name} names a device in lines {lines}: take it from the tensors"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_files_stay_short(name: str):
+    count = len(SOURCES[name].read_text().splitlines())
+    assert count <= MAX_LINES, f"{name} has {count} lines, more than {MAX_LINES}: split it by reason to change"
