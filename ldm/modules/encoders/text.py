@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,20 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids."""
+        ...
+
+
+@runtime_checkable
+class PlaceholderEditor(Protocol):
+    """What a conditioner needs of an embedding manager besides calling it."""
+
+    @property
+    def placeholders(self) -> Mapping[str, int]:
+        """Placeholder strings and the ids that stand for them."""
+        ...
+
+    def expand(self, token_ids: Tensor) -> Tensor:
+        """Token ids (B, L) with each placeholder repeated once per vector."""
         ...
 
 
@@ -233,13 +247,13 @@ class TextConditioner(nn.Module):
 
         `embedding_manager(token_ids, embedded)` replaces the rows of its `placeholders`.
         """
-        placeholders: Mapping[str, int] = getattr(embedding_manager, "placeholders", {})
-        ids: Any = texts if isinstance(texts, Tensor) else self.tokenize(texts, placeholders)
+        editor = embedding_manager if isinstance(embedding_manager, PlaceholderEditor) else None
+        ids = texts if isinstance(texts, Tensor) else self.tokenize(texts, editor.placeholders if editor else None)
         ids = ids.to(self.token_table().weight.device)  # (B, L)
         embedded = self.embed(ids)  # (B, L, D)
         if embedding_manager is not None:
             embedded = embedding_manager(ids, embedded)
-        return self.transform(embedded, ids)
+        return self.transform(embedded, editor.expand(ids) if editor else ids)
 
     def forward(
         self, texts: Sequence[str] | Tensor, embedding_manager: Callable[[Tensor, Tensor], Tensor] | None = None
