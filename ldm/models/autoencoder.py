@@ -70,14 +70,14 @@ class AutoencoderKL(FirstStage):
         )
 
     def train_outputs(self, inputs: Tensor) -> tuple[Any, ...]:
-        """Reconstructions first, then what the loss needs besides."""
-        return self(inputs)
+        """Reconstructions (B, C, H, W) and posterior."""
+        posterior = self.encode(inputs)
+        return self.decode(posterior.sample(self.draw_noise(posterior.mean))), posterior
 
-    @torch.no_grad()
     def random_pictures(self, inputs: Tensor) -> dict[str, Tensor]:
         """Decoded standard normal noise: shows how far the latents are from a normal distribution."""
         posterior = self.encode(inputs)
-        return {"samples": self.decode(torch.randn_like(posterior.mean))}
+        return {"samples": self.decode(self.draw_noise(posterior.mean))}
 
 
 class VQModel(FirstStage):
@@ -176,7 +176,7 @@ class VQModel(FirstStage):
         )
 
     def train_outputs(self, inputs: Tensor) -> tuple[Any, ...]:
-        """Reconstructions first, then what the loss needs besides."""
+        """Reconstructions (B, C, H, W), codebook loss and indices."""
         return self(inputs, return_pred_indices=True)
 
 

@@ -47,6 +47,7 @@ class FirstStage(pl.LightningModule):
 
     quant_conv: nn.Module
     post_quant_conv: nn.Module
+    colorize: Tensor
 
     def __init__(
         self,
@@ -68,8 +69,7 @@ class FirstStage(pl.LightningModule):
         self.use_ema = use_ema
         self.batch_resize_range = batch_resize_range
         self.lr_g_factor = lr_g_factor
-        if monitor is not None:
-            self.monitor = monitor
+        self.monitor = monitor
         if colorize_nlabels is not None:
             self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
         check_params("ddconfig", Encoder, ddconfig)
@@ -87,9 +87,7 @@ class FirstStage(pl.LightningModule):
         """Load weights from a file, but for keys that start with one of `ignore_keys`."""
         from ldm.checkpoint import load_weights
 
-        report = load_weights(self, path, ignore_keys=ignore_keys)
-        if self.model_ema is not None and any(key.startswith("model_ema.") for key in report.missing):
-            self.model_ema.reset(self)
+        load_weights(self, path, ignore_keys=ignore_keys)
 
     @property
     def last_layer(self) -> Tensor:
@@ -116,6 +114,18 @@ class FirstStage(pl.LightningModule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and log values for the autoencoder (`optimizer_idx` 0) or the discriminator (1)."""
         raise NotImplementedError
+
+    def draw_noise(self, like: Tensor) -> Tensor:
+        """Standard normal noise like `like` (B, ...), the same whatever the number of processes in training.
+
+        Each process draws the rows of all and keeps its own, so that two processes with batches of B see what one
+        process with a batch of 2 B sees. It is drawn on the CPU: a seed means the same noise on every device.
+        """
+        trainer = self._trainer
+        world = trainer.world_size if trainer is not None and self.training else 1
+        rank = trainer.global_rank if world > 1 and trainer is not None else 0
+        noise = torch.randn((world, *like.shape))
+        return noise[rank].to(like)
 
     def random_pictures(self, inputs: Tensor) -> dict[str, Tensor]:
         """Pictures to log besides reconstructions."""
@@ -183,7 +193,7 @@ class FirstStage(pl.LightningModule):
         else:  # past Lightning's wrapper, which would count it as a global step
             self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
         optimizer.zero_grad()
-        schedulers = self.lr_schedulers() or []
+        schedulers: Any = self.lr_schedulers() or []
         schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
         for scheduler in schedulers[index : index + 1]:
             scheduler.step()

@@ -53,13 +53,6 @@ class LitEma(nn.Module):
             average.lerp_(parameter.to(average), weight.to(average.dtype))
 
     @torch.no_grad()
-    def reset(self, model: nn.Module) -> None:
-        """Start again from the weights of `model`, as after loading weights that come without averages."""
-        self.num_updates.clamp_(max=0)
-        for average, parameter in self._pairs(model):
-            average.copy_(parameter)
-
-    @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite the weights of `model` with the averages."""
         for average, parameter in self._pairs(model):

@@ -25,9 +25,13 @@ class DiagonalGaussianDistribution:
         self.std = torch.zeros_like(mean) if deterministic else torch.exp(0.5 * self.logvar)
         self.var = torch.zeros_like(mean) if deterministic else torch.exp(self.logvar)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw (B, C, h, w); the noise is drawn on the CPU, so that a seed gives the same latent on every device."""
-        noise = torch.randn(self.mean.shape, generator=generator)
+    def sample(self, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Draw (B, C, h, w), from `noise` of that shape if given.
+
+        Noise is drawn on the CPU, so that a seed gives the same latent on every device.
+        """
+        if noise is None:
+            noise = torch.randn(self.mean.shape, generator=generator)
         return self.mean + self.std * noise.to(self.mean)
 
     def mode(self) -> Tensor:

@@ -99,13 +99,12 @@ class FirstStageLoss(nn.Module):
         self.pixel_loss = PIXEL_LOSSES[pixel_loss]
         self.pixel_weight = pixelloss_weight
         self.perceptual_weight = perceptual_weight
-        self.perceptual_loss = (
-            build_perceptual_loss(perceptual_loss, perceptual_ckpt) if perceptual_weight > 0 else None
-        )
-        adversarial = disc_factor > 0 and disc_weight > 0
-        self.discriminator = (
-            build_discriminator(disc_in_channels, disc_num_layers, disc_ndf, use_actnorm) if adversarial else None
-        )
+        self.perceptual_loss: nn.Module | None = None
+        if perceptual_weight > 0:
+            self.perceptual_loss = build_perceptual_loss(perceptual_loss, perceptual_ckpt)
+        self.discriminator: nn.Module | None = None
+        if disc_factor > 0 and disc_weight > 0:
+            self.discriminator = build_discriminator(disc_in_channels, disc_num_layers, disc_ndf, use_actnorm)
 
     def disc_factor_at(self, global_step: int) -> float:
         """Strength of the adversarial game at a generator step; 0 before `disc_start` or without discriminator."""

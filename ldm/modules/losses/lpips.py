@@ -15,6 +15,15 @@ DEFAULT_WEIGHTS = ("models/lpips/vgg16-397923af.pth", "models/lpips/vgg.pth")
 VGG16_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
+class EmptyConv2d(nn.Conv2d):
+    """Convolution that is zero until weights are loaded: makes lacking weights recognisable, and building fast."""
+
+    def reset_parameters(self) -> None:
+        """Fill with zeros."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
 class VGG16Features(nn.Module):
     """Convolutions of VGG16 in five slices, numbered as in torchvision's `features`."""
 
@@ -27,7 +36,7 @@ class VGG16Features(nn.Module):
                 layers[str(number)] = nn.MaxPool2d(2)
                 number += 1
             for width in widths:
-                layers[str(number)] = nn.Conv2d(channels, width, 3, padding=1)
+                layers[str(number)] = EmptyConv2d(channels, width, 3, padding=1)
                 layers[str(number + 1)] = nn.ReLU()
                 number, channels = number + 2, width
             self.add_module(f"slice{index + 1}", nn.Sequential(layers))
@@ -62,7 +71,7 @@ class ChannelWeights(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.model = nn.Sequential(nn.Dropout(), nn.Conv2d(channels, 1, 1, bias=False))
+        self.model = nn.Sequential(nn.Dropout(), EmptyConv2d(channels, 1, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 1, H, W)."""
@@ -91,8 +100,6 @@ class LPIPS(nn.Module):
         self.net = VGG16Features()
         for index, widths in enumerate(VGG16_WIDTHS):
             self.add_module(f"lin{index}", ChannelWeights(widths[-1]))
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
         self._has_weights = False
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
