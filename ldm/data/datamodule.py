@@ -22,7 +22,12 @@ from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test", "predict")
+LOADER_HOOKS = {
+    "train": "train_dataloader",
+    "validation": "val_dataloader",
+    "test": "test_dataloader",
+    "predict": "predict_dataloader",
+}
 
 # What a sample is asked for by: (epoch, index in the data set). It travels with the request, so that worker processes
 # need no word of the epoch.
@@ -184,9 +189,13 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.num_workers = min(batch_size * 2, os.cpu_count() or 1) if num_workers is None else num_workers
         self.dataset_configs = {
             split: config
-            for split, config in zip(SPLITS, (train, validation, test, predict), strict=True)
+            for split, config in zip(LOADER_HOOKS, (train, validation, test, predict), strict=True)
             if config is not None
         }
+        for split, hook in LOADER_HOOKS.items():
+            if split not in self.dataset_configs:
+                # The parent's own method tells the trainer that there is no such loader.
+                setattr(self, hook, getattr(super(), hook))
         self.wrap = wrap
         self.shuffle = {
             "train": True,
@@ -206,7 +215,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 self.datasets[split] = WrappedDataset(dataset) if self.wrap else dataset
 
     def train_dataloader(self) -> Any:
-        """Return the loader that follows the trainer's progress, or an empty list without a train config."""
+        """Return the loader that follows the trainer's progress, for a train config."""
         return self._loader("train", self._batches_done)
 
     def val_dataloader(self) -> Any:
@@ -222,8 +231,6 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return self._loader("predict")
 
     def _loader(self, split: str, batches_done: Callable[[], int] | None = None) -> Any:
-        if split not in self.dataset_configs:
-            return []
         if split not in self.datasets:
             self.setup()
         dataset = self.datasets[split]
