@@ -15,6 +15,9 @@ from ldm.modules.losses.base import FirstStageLoss, with_prefix
 class DummyLoss(nn.Module):
     """Stands where a config names a loss for a first stage that is not trained."""
 
+    def __init__(self) -> None:  # without it, nn.Module would take any parameter
+        super().__init__()
+
 
 class LPIPSWithDiscriminator(FirstStageLoss):
     """Reconstruction likelihood + KL + adversarial term, summed over pixels and averaged over the batch.
