@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.attention import Context, SpatialTransformer
+from ldm.modules.attention import Context
 from ldm.modules.diffusionmodules.unet_blocks import (
     AttentionBlock,
     AttentionPool2d,
@@ -19,6 +18,7 @@ from ldm.modules.diffusionmodules.unet_blocks import (
     TransposedUpsample,
     Upsample,
 )
+from ldm.modules.diffusionmodules.unet_blueprint import Blueprint
 from ldm.modules.diffusionmodules.util import conv_nd, normalization, timestep_embedding, zero_module
 
 __all__ = [
@@ -33,134 +33,6 @@ __all__ = [
     "UNetModel",
     "Upsample",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Transformer:
-    """Options of the spatial transformers of a UNet."""
-
-    depth: int
-    context_dim: int | Sequence[int]
-    use_linear: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Blueprint:
-    """How the blocks of one UNet are made; the networks differ only in how they string them together."""
-
-    model_channels: int
-    channel_mult: Sequence[int]
-    num_res_blocks: int
-    attention_resolutions: Sequence[int]
-    dropout: float
-    conv_resample: bool
-    dims: int
-    use_checkpoint: bool
-    num_heads: int
-    num_head_channels: int
-    num_heads_upsample: int
-    use_scale_shift_norm: bool
-    resblock_updown: bool
-    use_new_attention_order: bool
-    transformer: _Transformer | None = None
-    legacy: bool = True
-
-    def __post_init__(self) -> None:
-        if self.num_heads == -1 and self.num_head_channels == -1:
-            raise ValueError("attention needs num_heads or num_head_channels, and both are -1: set one of them")
-
-    @property
-    def emb_channels(self) -> int:
-        return 4 * self.model_channels
-
-    def time_embed(self) -> nn.Sequential:
-        width = self.emb_channels
-        return nn.Sequential(nn.Linear(self.model_channels, width), nn.SiLU(), nn.Linear(width, width))
-
-    def res_block(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
-        return ResBlock(
-            channels,
-            self.emb_channels,
-            self.dropout,
-            out_channels=out_channels,
-            use_scale_shift_norm=self.use_scale_shift_norm,
-            dims=self.dims,
-            use_checkpoint=self.use_checkpoint,
-            up=up,
-            down=down,
-        )
-
-    def attention(self, channels: int, decoder: bool = False) -> nn.Module:
-        heads, width = self.num_heads, self.num_head_channels
-        if width != -1:
-            heads = max(channels // width, 1)
-        if self.transformer is not None:
-            # `legacy` differs from the plain rule only where the width of a head does not divide the channels.
-            d_head = channels // heads if self.legacy or width == -1 else width
-            options = self.transformer
-            return SpatialTransformer(
-                channels,
-                heads,
-                d_head,
-                depth=options.depth,
-                context_dim=options.context_dim,
-                use_linear=options.use_linear,
-                use_checkpoint=self.use_checkpoint,
-            )
-        if not self.legacy and width == -1:
-            width = channels // heads  # in the decoder, too: here `num_heads_upsample` has no effect
-        return AttentionBlock(
-            channels,
-            num_heads=self.num_heads_upsample if decoder else heads,
-            num_head_channels=width,
-            use_checkpoint=self.use_checkpoint,
-            use_new_attention_order=self.use_new_attention_order,
-        )
-
-    def resample(self, channels: int, up: bool) -> nn.Module:
-        if self.resblock_updown:
-            return self.res_block(channels, channels, up=up, down=not up)
-        kind = Upsample if up else Downsample
-        return kind(channels, self.conv_resample, dims=self.dims, out_channels=channels)
-
-    def encoder(self, in_channels: int) -> tuple[nn.ModuleList, list[int]]:
-        """The input blocks, and the number of channels that each of them puts out."""
-        channels = self.model_channels
-        stem = conv_nd(self.dims, in_channels, channels, 3, padding=1)
-        blocks, widths = [TimestepEmbedSequential(stem)], [channels]
-        for level, mult in enumerate(self.channel_mult):
-            for _ in range(self.num_res_blocks):
-                layers: list[nn.Module] = [self.res_block(channels, mult * self.model_channels)]
-                channels = mult * self.model_channels
-                if 2**level in self.attention_resolutions:
-                    layers.append(self.attention(channels))
-                blocks.append(TimestepEmbedSequential(*layers))
-                widths.append(channels)
-            if level < len(self.channel_mult) - 1:
-                blocks.append(TimestepEmbedSequential(self.resample(channels, up=False)))
-                widths.append(channels)
-        return nn.ModuleList(blocks), widths
-
-    def middle(self, channels: int) -> TimestepEmbedSequential:
-        return TimestepEmbedSequential(
-            self.res_block(channels, channels), self.attention(channels), self.res_block(channels, channels)
-        )
-
-    def decoder(self, widths: Sequence[int]) -> tuple[nn.ModuleList, int]:
-        """The output blocks, each of which takes one encoder output of `widths` from the end; and their last width."""
-        skips = list(widths)
-        channels = skips[-1]
-        blocks = []
-        for level, mult in reversed(list(enumerate(self.channel_mult))):
-            for i in range(self.num_res_blocks + 1):
-                layers: list[nn.Module] = [self.res_block(channels + skips.pop(), mult * self.model_channels)]
-                channels = mult * self.model_channels
-                if 2**level in self.attention_resolutions:
-                    layers.append(self.attention(channels, decoder=True))
-                if level and i == self.num_res_blocks:
-                    layers.append(self.resample(channels, up=True))
-                blocks.append(TimestepEmbedSequential(*layers))
-        return nn.ModuleList(blocks), channels
 
 
 class UNetModel(nn.Module):
@@ -195,20 +67,12 @@ class UNetModel(nn.Module):
         transformer_depth: int = 1,
         context_dim: int | Sequence[int] | None = None,  # width of the context, or one for each transformer block
         n_embed: int | None = None,  # predict logits of this many codebook entries instead of `out_channels`
-        legacy: bool = True,  # how published models before SD choose their head widths, see `_Blueprint.attention`
+        legacy: bool = True,  # how published models before SD choose their head widths, see `Blueprint.attention`
         use_linear_in_transformer: bool = False,  # SD 2: see `SpatialTransformer`
     ) -> None:
         super().__init__()
         del use_fp16
-        transformer = None
-        if use_spatial_transformer != (context_dim is not None):
-            raise ValueError(
-                f"context_dim={context_dim!r} and use_spatial_transformer={use_spatial_transformer} do not go "
-                "together: a spatial transformer needs the width of its context, and without one no context is used"
-            )
-        if context_dim is not None:
-            transformer = _Transformer(transformer_depth, context_dim, use_linear_in_transformer)
-        blueprint = _Blueprint(
+        blueprint = Blueprint(
             model_channels=model_channels,
             channel_mult=channel_mult,
             num_res_blocks=num_res_blocks,
@@ -223,8 +87,11 @@ class UNetModel(nn.Module):
             use_scale_shift_norm=use_scale_shift_norm,
             resblock_updown=resblock_updown,
             use_new_attention_order=use_new_attention_order,
-            transformer=transformer,
+            use_spatial_transformer=use_spatial_transformer,
+            transformer_depth=transformer_depth,
+            context_dim=context_dim,
             legacy=legacy,
+            use_linear_in_transformer=use_linear_in_transformer,
         )
         self.image_size = image_size
         self.in_channels = in_channels
@@ -322,7 +189,7 @@ class EncoderUNetModel(nn.Module):
     ) -> None:
         super().__init__()
         del use_fp16
-        blueprint = _Blueprint(
+        blueprint = Blueprint(
             model_channels=model_channels,
             channel_mult=channel_mult,
             num_res_blocks=num_res_blocks,
@@ -346,25 +213,12 @@ class EncoderUNetModel(nn.Module):
         self.input_blocks, widths = blueprint.encoder(in_channels)
         channels = widths[-1]
         self.middle_block = blueprint.middle(channels)
-        side = image_size // 2 ** (len(channel_mult) - 1)
-        features = sum(widths) + channels
-        if pool == "adaptive":
-            average = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1](1)
-            last = zero_module(conv_nd(dims, channels, out_channels, 1))
-            self.out = nn.Sequential(normalization(channels), nn.SiLU(), average, last, nn.Flatten())
-        elif pool == "attention":
-            if num_head_channels == -1:
-                raise ValueError("pool='attention' needs the width of a head: set num_head_channels")
-            attention = AttentionPool2d(side, channels, num_head_channels, out_channels)
-            self.out = nn.Sequential(normalization(channels), nn.SiLU(), attention)
-        elif pool == "spatial":
-            self.out = nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, out_channels))
-        elif pool == "spatial_v2":
-            self.out = nn.Sequential(
-                nn.Linear(features, 2048), normalization(2048), nn.SiLU(), nn.Linear(2048, out_channels)
-            )
+        if pool.startswith("spatial"):
+            self.out = _spatial_head(pool, sum(widths) + channels, out_channels)
         else:
-            raise ValueError(f"pool={pool!r} is not one of adaptive, attention, spatial, spatial_v2")
+            side = image_size // 2 ** (len(channel_mult) - 1)
+            pooling = _pooling(pool, dims, channels, out_channels, side, num_head_channels)
+            self.out = nn.Sequential(normalization(channels), nn.SiLU(), *pooling)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -394,3 +248,24 @@ def _check_steps(x: Tensor, timesteps: Tensor | None) -> None:
     if timesteps is None or timesteps.ndim != 1 or timesteps.shape[0] not in (1, x.shape[0]):
         found = None if timesteps is None else tuple(timesteps.shape)
         raise ValueError(f"timesteps are a tensor of shape ({x.shape[0]},), one for each sample, not {found}")
+
+
+def _pooling(pool: str, dims: int, channels: int, out_channels: int, side: int, head_channels: int) -> list[nn.Module]:
+    if pool == "adaptive":
+        average = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1](1)
+        return [average, zero_module(conv_nd(dims, channels, out_channels, 1)), nn.Flatten()]
+    if pool != "attention":
+        raise ValueError(f"pool={pool!r} is not one of adaptive, attention, spatial, spatial_v2")
+    if head_channels == -1:
+        raise ValueError("pool='attention' needs the width of a head: set num_head_channels")
+    return [AttentionPool2d(side, channels, head_channels, out_channels)]
+
+
+def _spatial_head(pool: str, features: int, out_channels: int) -> nn.Sequential:
+    hidden = 2048
+    first, last = nn.Linear(features, hidden), nn.Linear(hidden, out_channels)
+    if pool == "spatial":
+        return nn.Sequential(first, nn.ReLU(), last)
+    if pool == "spatial_v2":
+        return nn.Sequential(first, normalization(hidden), nn.SiLU(), last)
+    raise ValueError(f"pool={pool!r} is not one of adaptive, attention, spatial, spatial_v2")

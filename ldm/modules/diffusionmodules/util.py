@@ -98,8 +98,8 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, r
     if repeat_only:
         return timesteps[:, None].repeat(1, dim)  # (B, dim)
     half = dim // 2
-    # On the CPU whatever the device: an exp that is off by one bit there shifts the phase of t = 1000 by 1e-4.
-    exponents = torch.arange(half, dtype=torch.float32, device="cpu") / half
-    frequencies = torch.exp(-math.log(max_period) * exponents).to(timesteps.device, non_blocking=True)
+    # On the CPU whatever the device, so that all see the same: one bit of exp shifts the phase at t = 1000 by 6e-5.
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device="cpu") / half
+    frequencies = exponents.exp().to(timesteps.device, non_blocking=True)
     angles = timesteps[:, None].float() * frequencies  # (B, half)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))  # (B, dim)
