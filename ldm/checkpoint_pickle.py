@@ -235,8 +235,10 @@ def _key(value: Any) -> Any:
     return value.path if isinstance(value, Global) else PickledObject("key", (value,))
 
 
-def _storage(reference: Any) -> StorageRef:
+def _persistent(reference: Any) -> Any:
     """The storage that torch.save's persistent id `("storage", type, key, location, numel, ...)` stands for."""
+    if isinstance(reference, tuple) and reference[0] == "module":  # a class, with its source code, in old files
+        return reference[1]
     kind, storage_type, key, _, numel = reference[:5]
     dtype = _STORAGE_DTYPES.get(storage_type.path.rpartition(".")[2])
     if kind != "storage" or dtype is None:
@@ -349,7 +351,7 @@ class _Machine:
             self.stack[-1].state = state
 
     def persistent(self, _: Any) -> None:
-        self.push(_storage(self.pop()))
+        self.push(_persistent(self.pop()))
 
 
 _PUSH_ARGUMENT = {
