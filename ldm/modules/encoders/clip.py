@@ -6,6 +6,8 @@ The modules carry Hugging Face's names (`text_model.encoder.layers.0.self_attn.q
 from __future__ import annotations
 
 import dataclasses
+import html
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -51,6 +53,9 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
+CLEANINGS = ("ftfy", "ftfy+html", "nfc")
+
+
 @lru_cache(maxsize=1)
 def _open_clip_bpe() -> Any:
     from open_clip.tokenizer import SimpleTokenizer
@@ -62,7 +67,8 @@ class CLIPTokenizer:
     """CLIP's byte-pair encoding, from the file that open_clip packages.
 
     pad_token_id: 49407 (the end token) for SD 1.x, 0 for SD 2.x.
-    unescape_html: resolve `&amp;` and the like until none is left, as open_clip does; otherwise once, as ftfy does.
+    cleaning: "ftfy" repairs broken encodings and HTML entities, as SD 1.x was trained; "ftfy+html" then resolves
+        entities until none is left, as open_clip does; "nfc" only composes accents, as today's fast tokenizers do.
     special_tokens: how the start and the end token are written in a text.
     """
 
@@ -71,37 +77,45 @@ class CLIPTokenizer:
     def __init__(
         self,
         pad_token_id: int,
-        unescape_html: bool = False,
+        cleaning: str = "ftfy",
         special_tokens: tuple[str, str] = ("<|startoftext|>", "<|endoftext|>"),
     ) -> None:
         import regex
 
+        if cleaning not in CLEANINGS:
+            raise ValueError(f"text cleaning {cleaning!r} is unknown; known: {', '.join(CLEANINGS)}")
         self._bpe = _open_clip_bpe()
-        self._unescape_html = unescape_html
+        self._cleaning = cleaning
         self.vocab_size: int = self._bpe.vocab_size
         self.start_token_id: int = self._bpe.sot_token_id
         self.end_token_id: int = self._bpe.eot_token_id
         self.pad_token_id = pad_token_id
         self._special = dict(zip(special_tokens, (self.start_token_id, self.end_token_id), strict=True))
-        words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-        self._pattern = regex.compile("|".join([*map(regex.escape, special_tokens), words]), regex.IGNORECASE)
+        # The text is lower case by then; ignoring case only lets U+017F count as an s, in the slow tokenizers.
+        flags = regex.IGNORECASE if cleaning != "nfc" else 0
+        words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\p{White_Space}\p{L}\p{N}]+"
+        self._pattern = regex.compile("|".join([*map(regex.escape, special_tokens), words]), flags)
+        self._space = regex.compile(r"\p{White_Space}+")
 
     def clean(self, text: str) -> str:
-        """`text` with broken encodings and HTML entities repaired and white space collapsed."""
-        import html
+        """`text` repaired as `cleaning` says, white space collapsed."""
+        if self._cleaning == "nfc":
+            text = unicodedata.normalize("NFC", text)
+        else:
+            import ftfy
 
-        import ftfy
-
-        text = ftfy.fix_text(text)
-        if self._unescape_html:
+            text = ftfy.fix_text(text)
+        if self._cleaning == "ftfy+html":
             text = html.unescape(html.unescape(text))
-        return " ".join(text.split())
+        return self._space.sub(" ", text).strip(" ")
 
     def encode(self, text: str) -> list[int]:
         """Byte-pair ids of cleaned `text`, in lower case."""
+        # Fast tokenizers lower each character on its own, which differs for a Greek word's last sigma.
+        text = "".join(map(str.lower, text)) if self._cleaning == "nfc" else text.lower()
         bpe = self._bpe
         ids: list[int] = []
-        for word in self._pattern.findall(text.lower()):
+        for word in self._pattern.findall(text):
             if word in self._special:
                 ids.append(self._special[word])
                 continue
@@ -250,6 +264,7 @@ class FrozenCLIPEmbedder(TextConditioner):
     max_length: tokens per text, start and end token included.
     text_config: sizes that differ from `version`, keys as in `CLIPTextConfig`.
     clip_skip: 1 uses all layers, 2 leaves out the last one, and so on.
+    cleaning: how texts are cleaned, see `CLIPTokenizer`.
     """
 
     def __init__(
@@ -259,9 +274,12 @@ class FrozenCLIPEmbedder(TextConditioner):
         max_length: int = 77,
         text_config: Mapping[str, Any] | None = None,
         clip_skip: int = 1,
+        cleaning: str = "ftfy",
     ) -> None:
         super().__init__()
         del device
+        if cleaning not in CLEANINGS:
+            raise ValueError(f"text cleaning {cleaning!r} is unknown; known: {', '.join(CLEANINGS)}")
         if version not in VERSIONS:
             raise ValueError(f"CLIP version {version!r} is unknown; known: {', '.join(VERSIONS)}")
         check_params("CLIP text_config", CLIPTextConfig, text_config or {})
@@ -274,11 +292,12 @@ class FrozenCLIPEmbedder(TextConditioner):
             raise ValueError(f"max_length {max_length} is not within 2 ... {config.max_position_embeddings}")
         self.max_length = max_length
         self.clip_skip = clip_skip
+        self._cleaning = cleaning
         self.transformer = CLIPTextModel(config)
         freeze(self)
 
     def _build_tokenizer(self) -> CLIPTokenizer:
-        return CLIPTokenizer(pad_token_id=_open_clip_bpe().eot_token_id)
+        return CLIPTokenizer(_open_clip_bpe().eot_token_id, self._cleaning)
 
     def token_table(self) -> nn.Embedding:
         """The vocabulary's embedding layer."""

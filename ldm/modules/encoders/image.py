@@ -66,7 +66,7 @@ class FrozenCLIPTextEmbedder(nn.Module):
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Token ids, int64 (B, max_length)."""
         if self._tokenizer is None:
-            self._tokenizer = CLIPTokenizer(0, unescape_html=True)
+            self._tokenizer = CLIPTokenizer(0, "ftfy+html")
         rows = [frame(self._tokenizer, text_to_ids(self._tokenizer, text), self.max_length) for text in texts]
         return torch.tensor(rows, dtype=torch.long)
 

@@ -80,7 +80,7 @@ class FrozenOpenCLIPEmbedder(TextConditioner):
             freeze_module(self)
 
     def _build_tokenizer(self) -> CLIPTokenizer:
-        return CLIPTokenizer(0, unescape_html=True, special_tokens=("<start_of_text>", "<end_of_text>"))
+        return CLIPTokenizer(0, "ftfy+html", special_tokens=("<start_of_text>", "<end_of_text>"))
 
     def token_table(self) -> nn.Embedding:
         """The vocabulary's embedding layer."""
