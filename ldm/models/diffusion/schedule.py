@@ -230,4 +230,6 @@ def make_ddim_sampling_parameters(
 
 def ddim_sigmas(alphas: Tensor, alphas_prev: Tensor, eta: float) -> Tensor:
     """Standard deviation of the fresh noise of each step: eta 0 is deterministic, eta 1 the DDPM posterior's."""
-    return eta * ((1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev)).sqrt()
+    variance = (1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev)
+    # a level repeated at the end of the chain adds nothing, also where it holds no signal and the ratio is 0 / 0
+    return eta * variance.where(alphas_prev > alphas, torch.zeros_like(variance)).sqrt()

@@ -1,0 +1,43 @@
+"""What every command shares: errors that users cause end in one line, not in a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+USER_ERRORS = (ValueError, TypeError, OSError, KeyboardInterrupt)
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def add_debug_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--debug`, which `run_command` looks for."""
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+
+
+def run_command(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> None:
+    """Call `main(argv)` and exit: 0 on success, 2 with `error: ...` for bad input, 130 for Ctrl-C.
+
+    Bad input is what raises ValueError (a ConfigError is one), TypeError or OSError (a missing file, a full disk).
+    Anything else is a bug and keeps its traceback, as does everything when `--debug` is among the arguments.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        main(argv)
+    except USER_ERRORS as error:
+        if "--debug" in argv:
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(INTERRUPTED)
+        print(f"error: {describe(error)}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def describe(error: BaseException) -> str:
+    """One line that says what went wrong, also for errors of the operating system."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}"
+    return " ".join(str(error).split()) or type(error).__name__
