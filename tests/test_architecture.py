@@ -33,6 +33,7 @@ FLOORS: list[set[str]] = [
     {"ldm.models.diffusion"},
     {"ldm.callbacks", "ldm.run", "ldm.generate"},
     {"ldm.training"},
+    {"ldm.training"},
     {"evaluation.metrics"},
     {"evaluation.clip_eval"},
     {"evaluation"},

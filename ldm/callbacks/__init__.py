@@ -1,0 +1,23 @@
+"""What happens beside the training loop: set-up of the run directory, saving, pictures, guards, reports."""
+
+from pytorch_lightning.callbacks import LearningRateMonitor
+
+from ldm.callbacks.images import ImageLogger
+from ldm.callbacks.saving import EmbeddingCheckpoint, LastCheckpoint, RunStopped, SafeCheckpointIO
+from ldm.callbacks.setup import CUDACallback, ProgressBar, SetupCallback
+from ldm.callbacks.steps import GradientGuard, ModeSwapCallback, StepSeed
+
+__all__ = [
+    "CUDACallback",
+    "EmbeddingCheckpoint",
+    "GradientGuard",
+    "ImageLogger",
+    "LastCheckpoint",
+    "LearningRateMonitor",
+    "ModeSwapCallback",
+    "ProgressBar",
+    "RunStopped",
+    "SafeCheckpointIO",
+    "SetupCallback",
+    "StepSeed",
+]

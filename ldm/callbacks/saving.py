@@ -1,0 +1,214 @@
+"""Checkpoints that survive: written whole or not at all, small, and at a point from which a run resumes exactly."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from ldm.callbacks.steps import require_finite, trained_vectors
+from ldm.checkpoint import atomic_path, open_checkpoint, save_safely
+
+log = logging.getLogger(__name__)
+
+LAST = "last.ckpt"
+
+
+class RunStopped(Exception):  # noqa: N818 - not an error: the user asked for it
+    """Training was stopped by Ctrl-C or SIGTERM, after a checkpoint had been saved."""
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, replaced only by complete ones and read without running code from them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write `checkpoint`; a full disk or a kill leaves the previous file as it was."""
+        if storage_options is not None:
+            raise TypeError(f"checkpoints are local files: storage_options {storage_options!r} are not supported")
+        save_safely(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of plain data and tensors; anything else is a ValueError that names the file."""
+        del weights_only
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no checkpoint '{path}'")
+        with open_checkpoint(path):
+            pass  # says in a sentence what is wrong with a damaged file or one that would run code
+        try:
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"'{path}' is no checkpoint that a run of this code saved") from error
+        if not isinstance(checkpoint, dict) or "loops" not in checkpoint:
+            raise ValueError(f"'{path}' holds weights but no state of a run; to start from it, pass it as --ckpt_path")
+        return checkpoint
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt`: every `every_n_train_steps` steps, every few minutes, at the end, and when a signal asks.
+
+    Ctrl-C and SIGTERM save after the current step and stop (`RunStopped`); a second Ctrl-C stops at once. SIGUSR1
+    saves and goes on. Saving happens right after an optimiser step, never between accumulated batches, whose
+    gradients no file keeps.
+    """
+
+    def __init__(
+        self, dirpath: str | Path, every_n_train_steps: int | None = None, every_n_minutes: float | None = 5.0
+    ) -> None:
+        super().__init__()
+        self.path = Path(dirpath) / LAST
+        self.every_n_train_steps = every_n_train_steps
+        self.every_n_minutes = every_n_minutes
+        self.save_requested = False
+        self.stop_requested = False
+        self.saved_step = -1
+        self.previous_step = 0
+        self.saved_at = 0.0
+        self._handlers: dict[int, Any] = {}
+
+    # -- signals -------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock and listen for signals."""
+        del pl_module
+        self.previous_step = self.saved_step = trainer.global_step
+        self.saved_at = time.monotonic()
+        for unfinished in self.path.parent.glob(f".{LAST}.*.tmp") if trainer.is_global_zero else ():
+            unfinished.unlink(missing_ok=True)  # of an earlier part of the run that was killed while saving
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._listen(signal.SIGINT, self._stop)
+        if trainer.world_size == 1:  # with several processes Lightning passes SIGTERM on to all of them
+            self._listen(signal.SIGTERM, self._stop)
+        if hasattr(signal, "SIGUSR1"):  # not on Windows
+            self._listen(signal.SIGUSR1, self._save)
+
+    def _listen(self, number: int, handler: Any) -> None:
+        self._handlers[number] = signal.signal(number, handler)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        del trainer, pl_module, stage
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        del trainer, pl_module, exception
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        self._handlers = {}
+
+    def _save(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self.save_requested = True
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.save_requested = self.stop_requested = True
+        log.warning("Stopping: a checkpoint is saved after this step (Ctrl-C again stops at once, without it)")
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is time, and stop when asked to."""
+        del pl_module, outputs, batch, batch_idx
+        step = trainer.global_step
+        if step == self.previous_step:
+            return  # gradients are still being accumulated
+        self.previous_step = step
+        stop = self._agree(trainer, self.stop_requested)
+        if stop or self._agree(trainer, self._is_due(trainer, step)):
+            self.save(trainer)
+        if stop:
+            raise RunStopped(f"stopped after step {step}, saved as {self.path}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the end of the run."""
+        del pl_module
+        if self.saved_step != trainer.global_step:
+            self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write `last.ckpt` now (all processes must call this together)."""
+        trainer.save_checkpoint(self.path)
+        self.saved_step, self.saved_at, self.save_requested = trainer.global_step, time.monotonic(), False
+
+    def _is_due(self, trainer: pl.Trainer, step: int) -> bool:
+        by_step = bool(self.every_n_train_steps) and step % self.every_n_train_steps == 0  # type: ignore[operator]
+        minutes = (time.monotonic() - self.saved_at) / 60
+        by_time = self.every_n_minutes is not None and minutes >= self.every_n_minutes
+        return self.save_requested or by_step or by_time or step == trainer.max_steps
+
+    @staticmethod
+    def _agree(trainer: pl.Trainer, decision: bool) -> bool:
+        """Whether any process decided so: a signal and a clock belong to one process, saving to all."""
+        return trainer.strategy.reduce_boolean_decision(decision, all=False) if trainer.world_size > 1 else decision
+
+
+class EmbeddingCheckpoint(pl.Callback):
+    """Saves the learned vectors: `embeddings_gs-N.pt` every N steps, `embeddings.pt` always the newest of them.
+
+    N counts completed steps. Files appear whole or not at all, and vectors that are not finite are never saved.
+    """
+
+    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500) -> None:
+        super().__init__()
+        if every_n_train_steps < 1:
+            raise ValueError(f"every_n_train_steps is {every_n_train_steps}; it must be at least 1")
+        self.dirpath = Path(dirpath)
+        self.every_n_train_steps = every_n_train_steps
+        self.saved_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do not save again what an earlier part of the run has saved."""
+        del pl_module
+        self.saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save every n-th step."""
+        del outputs, batch, batch_idx
+        if trainer.global_step % self.every_n_train_steps == 0 and trainer.global_step != self.saved_step:
+            self.save(trainer, pl_module, numbered=True)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Keep `embeddings.pt` as new as `last.ckpt`."""
+        del checkpoint
+        if trainer.global_step != self.saved_step:
+            self.save(trainer, pl_module, numbered=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the final vectors under their step."""
+        if trainer.global_step:
+            self.save(trainer, pl_module, numbered=True)
+
+    def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, numbered: bool) -> None:
+        """Write the files now."""
+        step = trainer.global_step
+        require_finite(list(trained_vectors(pl_module)), step)
+        if numbered:
+            self.saved_step = step
+        if not trainer.is_global_zero:
+            return
+        manager: Any = pl_module.embedding_manager
+        for name in (f"embeddings_gs-{step}.pt", "embeddings.pt")[0 if numbered else 1 :]:
+            with atomic_path(self.dirpath / name) as temporary:
+                manager.save(temporary)

@@ -1,0 +1,112 @@
+"""The run directory at the start, time and memory at the end of each epoch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import TQDMProgressBar
+
+log = logging.getLogger(__name__)
+
+MIB = 2**20
+
+
+class SetupCallback(pl.Callback):
+    """Makes the run directory and saves the merged configs, from which `-r` builds the same run again.
+
+    `started` (YYYY-MM-DDTHH-MM-SS) names the files `configs/<started>-{project,lightning}.yaml`.
+    """
+
+    def __init__(self, run_dir: str | Path, started: str, config: Any, lightning_config: Any) -> None:
+        super().__init__()
+        self.run_dir = Path(run_dir)
+        self.started = started
+        self.config = config
+        self.lightning_config = lightning_config
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write directories and configs, once, in the first process only."""
+        del pl_module
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        folder = self.run_dir / "configs"
+        for path in (folder, self.run_dir / "checkpoints"):
+            path.mkdir(parents=True, exist_ok=True)
+        lightning = OmegaConf.create({"lightning": self.lightning_config})
+        for name, config in (("project", self.config), ("lightning", lightning)):
+            path = folder / f"{self.started}-{name}.yaml"
+            unfinished = path.with_suffix(".tmp")  # a run killed here must still be resumable
+            OmegaConf.save(config, unfinished)
+            os.replace(unfinished, path)
+        log.info("Run directory: %s", self.run_dir)
+
+
+class CUDACallback(pl.Callback):
+    """Reports time and peak memory of each epoch: device memory on a GPU, resident memory elsewhere.
+
+    (The name is the published one.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = 0.0
+        self.steps = 0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        device = pl_module.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.synchronize(device)
+        self.started = time.perf_counter()
+        self.steps = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log seconds, steps per second and peak memory, and write them to the logger."""
+        device = pl_module.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            kind, peak = "GPU", torch.cuda.max_memory_allocated(device)
+        else:
+            kind, peak = "resident", peak_resident_memory()
+        seconds = time.perf_counter() - self.started
+        steps = trainer.global_step - self.steps
+        if not trainer.is_global_zero:
+            return
+        log.info(
+            "Epoch %d: %.1f s, %.2f steps/s, peak %s memory %.0f MiB",
+            trainer.current_epoch, seconds, steps / max(seconds, 1e-9), kind, peak / MIB,
+        )  # fmt: skip
+        for logger in trainer.loggers:
+            logger.log_metrics({"epoch_seconds": seconds, "peak_memory_mib": peak / MIB}, step=trainer.global_step)
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's progress bar without its version number, and with few lines where the output is a file."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 50)
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Return the logged values to show."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+def peak_resident_memory() -> int:
+    """Largest resident size of this process so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

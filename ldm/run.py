@@ -1,0 +1,321 @@
+"""From the command line to a plan: which configs, which run directory, what to resume.
+
+Nothing is built or written here. `make_plan` merges the YAML files (those of the resumed run first, then `--base` from
+left to right), the dotted overrides and the flags, and says where the run will live.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import inspect
+import logging
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.util import ConfigError, did_you_mean, get_obj_from_str
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SEED = 23
+DEFAULT_PLACEHOLDER = "*"
+SECTIONS = {
+    "": ("model", "data", "lightning", "train", "seed", "scale_lr"),
+    "model": ("target", "params", "base_learning_rate"),
+    "data": ("target", "params"),
+    "lightning": (
+        "trainer",
+        "callbacks",
+        "modelcheckpoint",
+        "logger",
+        "strategy",
+        "find_unused_parameters",
+    ),
+}
+SPLITS = ("train", "validation", "test", "predict")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """Everything that a run needs to know before anything is built."""
+
+    config: DictConfig  # `model`, `data` and the top-level values that a later resume needs
+    lightning: DictConfig  # `trainer`, `callbacks`, `modelcheckpoint`, `logger`, ...
+    run_dir: Path
+    started: str  # YYYY-MM-DDTHH-MM-SS, names the config files of this start
+    seed: int
+    train: bool
+    test: bool
+    scale_lr: bool
+    resume: Path | None  # checkpoint to continue from
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Where `last.ckpt` and the embedding files go."""
+        return self.run_dir / "checkpoints"
+
+    @property
+    def config_dir(self) -> Path:
+        """Where the merged configs of every start of this run go."""
+        return self.run_dir / "configs"
+
+
+def make_plan(args: Namespace, overrides: Sequence[str] = (), now: datetime.datetime | None = None) -> RunPlan:
+    """Merge configs, overrides and flags of `main.parse_args` into a plan.
+
+    Raises `FileNotFoundError` for files that do not exist and `ConfigError`/`ValueError` for what they must not say.
+    """
+    started = (now or datetime.datetime.now()).strftime("%Y-%m-%dT%H-%M-%S")
+    resumed_dir, checkpoint = find_run(args.resume) if args.resume else (None, None)
+    if resumed_dir and args.name:
+        raise ValueError("-n/--name names a new run, -r/--resume goes on with an old one: give only one of them")
+    saved = saved_configs(resumed_dir) if resumed_dir else []
+    if not saved and not args.base:
+        raise ValueError("no config: give --base CONFIG.yaml, or -r RUN_DIRECTORY to go on with a run")
+    config = merge_configs([*saved, *(Path(base) for base in args.base)])
+    apply_overrides(config, overrides)
+    apply_flags(config, args)
+    lightning = config.pop("lightning", None) or OmegaConf.create()
+    lightning.trainer = OmegaConf.merge(lightning.get("trainer") or {}, args.trainer)
+    if args.gpus is not None:
+        lightning.trainer.gpus = args.gpus
+    train = bool(config.get("train", False)) if args.train is None else args.train
+    config.train = train  # so that `-r DIR` alone goes on training
+    run_dir = resumed_dir or new_run_dir(args, started)
+    return RunPlan(
+        config=config,
+        lightning=lightning,
+        run_dir=run_dir,
+        started=started,
+        seed=config.seed,
+        train=train,
+        test=not args.no_test,
+        scale_lr=config.scale_lr,
+        resume=checkpoint,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- run directories
+
+
+def find_run(path: str | Path) -> tuple[Path, Path | None]:
+    """Run directory and checkpoint that `-r PATH` means; the checkpoint is None when none was saved yet.
+
+    `path` is a run directory, its `checkpoints` folder or a checkpoint file in it. The directory may have moved.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"cannot resume: there is no '{path}'")
+    if path.is_file():
+        folder = next((parent for parent in path.absolute().parents if parent.name == "checkpoints"), None)
+        if folder is None:
+            raise ValueError(
+                f"cannot resume from '{path}': it is not in the checkpoints folder of a run; "
+                "to start a new run from its weights, pass it as --ckpt_path"
+            )
+        return folder.parent, path
+    run_dir = path.absolute().parent if path.name == "checkpoints" else path
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        log.info("%s does not exist: the run starts again at step 0", last)
+        return run_dir, None
+    return run_dir, last
+
+
+def saved_configs(run_dir: Path) -> list[Path]:
+    """Configs that earlier starts of the run saved, oldest first."""
+    files = sorted((run_dir / "configs").glob("*.yaml"))
+    if not files:
+        raise FileNotFoundError(f"cannot resume: '{run_dir}' has no configs/*.yaml, so it is not a run directory")
+    return files
+
+
+def new_run_dir(args: Namespace, started: str) -> Path:
+    """`<logdir>/<data dir name><time>_<name or config><postfix>`, with a number when that is taken."""
+    name = args.name or Path(args.base[0]).stem
+    data = Path(args.data_root[0]).resolve().name if args.data_root and args.datadir_in_name else ""
+    parent = Path(args.logdir) / args.project
+    base = f"{data}{started}_{name}{args.postfix}"
+    run_dir = parent / base
+    number = 2
+    while run_dir.exists():
+        run_dir = parent / f"{base}-{number}"
+        number += 1
+    return run_dir
+
+
+# ------------------------------------------------------------------------------------------------------ configs
+
+
+def merge_configs(paths: Iterable[Path]) -> DictConfig:
+    """Read YAML files and merge them from left to right; a misspelt section is an error."""
+    merged: Any = OmegaConf.create()
+    for path in paths:
+        merged = OmegaConf.merge(merged, read_config(path))
+    check_sections(merged)
+    if "model" not in merged:
+        raise ConfigError("the config has no 'model' section")
+    return merged
+
+
+def read_config(path: Path) -> DictConfig:
+    """Read one YAML file whose top level is a mapping."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config '{path}'")
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"'{path}' is not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"'{path}' holds a list; a config starts with 'model:'")
+    return config
+
+
+def check_sections(config: DictConfig) -> None:
+    """Raise `ConfigError` for a section name that nothing reads, at the top and in `model`, `data`, `lightning`."""
+    for section, known in SECTIONS.items():
+        node = OmegaConf.select(config, section) if section else config
+        for key in map(str, node) if isinstance(node, DictConfig) else ():
+            if key not in known:
+                where = f"in section '{section}'" if section else "at the top level"
+                hint = did_you_mean(key, known) or f"; known: {', '.join(known)}"
+                raise ConfigError(f"unknown key '{key}' {where} of the config{hint}")
+
+
+def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> None:
+    """Set `a.b.c=value` in `config`; the path must exist or be a parameter of the class it belongs to.
+
+    `+a.b.c=value` adds a key without that check. Values are YAML: `1e-4`, `true`, `[1, 2]`, `null`.
+    """
+    for override in overrides:
+        path, _, text = override.partition("=")
+        if path.startswith("+"):
+            path = path[1:]
+        else:
+            check_path(config, path)
+        try:
+            value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"'{override}': the value is not YAML ({' '.join(str(error).split())})") from error
+        OmegaConf.update(config, path, value, merge=True, force_add=True)
+    check_sections(config)
+
+
+def check_path(config: DictConfig, path: str) -> None:
+    """Raise `ConfigError` when `path` neither exists in `config` nor can be added to what it belongs to."""
+    node: Any = config
+    parts = path.replace("[", ".").replace("]", "").split(".")
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[:depth])
+        if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, DictConfig) and part in node:
+            node = OmegaConf.select(node, part)
+        elif isinstance(node, DictConfig):
+            known = _known_keys(config, where, node)
+            if known is None or part in known:
+                return
+            hint = did_you_mean(part, known) or f"; known: {', '.join(known)}"
+            raise ConfigError(
+                f"override '{path}': there is no '{part}' in '{where or 'the config'}'{hint}; "
+                f"to add it all the same, write +{path}=..."
+            )
+        elif node is None:
+            return
+        else:
+            raise ConfigError(f"override '{path}': '{where}' is a value ({node!r}), it has no '{part}'")
+
+
+def _known_keys(config: DictConfig, where: str, node: DictConfig) -> list[str] | None:
+    """Keys that the section at `where` may have; None when only the object built from it can tell."""
+    if where.startswith("lightning."):
+        return None  # checked against the Trainer and the callbacks when they are built
+    keys = [str(key) for key in node]
+    if where in SECTIONS:
+        return [*keys, *SECTIONS[where]]
+    if "target" in node:
+        return [*keys, "params"]
+    owner, _, last = where.rpartition(".")
+    target = OmegaConf.select(config, f"{owner}.target") if last == "params" else None
+    if target is None:
+        return keys
+    accepted = parameters_of(target)
+    return None if accepted is None else [*keys, *accepted]
+
+
+def parameters_of(target: str) -> list[str] | None:
+    """Names of the parameters that a `target:` takes; None when it takes any."""
+    parameters = inspect.signature(get_obj_from_str(target)).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return list(parameters)
+
+
+# -------------------------------------------------------------------------------------------------------- flags
+
+
+def apply_flags(config: DictConfig, args: Namespace) -> None:
+    """Write the flags about model and data into `config`, where a resumed run finds them again."""
+    config.seed = config.get("seed", DEFAULT_SEED) if args.seed is None else args.seed
+    config.scale_lr = config.get("scale_lr", True) if args.scale_lr is None else args.scale_lr
+    if args.ckpt_path:
+        _set_model_param(config, "ckpt_path", args.ckpt_path, "--ckpt_path")
+    if args.embedding_manager_ckpt:
+        _set_model_param(config, "embedding_manager_ckpt", args.embedding_manager_ckpt, "--embedding_manager_ckpt")
+    if args.data_root:
+        roots = args.data_root[0] if len(args.data_root) == 1 else list(args.data_root)
+        if not _set_data_param(config, "data_root", roots):
+            raise ValueError("--data_root: no data set of this config takes a 'data_root'")
+    _apply_words(config, args)
+
+
+def _set_model_param(config: DictConfig, name: str, value: Any, flag: str) -> None:
+    accepted = parameters_of(config.model.target)
+    if accepted is not None and name not in accepted:
+        raise ValueError(f"{flag}: {config.model.target} takes no '{name}'")
+    OmegaConf.update(config, f"model.params.{name}", value, force_add=True)
+
+
+def _set_data_param(config: DictConfig, name: str, value: Any, overwrite: bool = True) -> bool:
+    """Set a parameter of every data set that takes it; returns whether any did."""
+    found = False
+    for split in SPLITS:
+        target = OmegaConf.select(config, f"data.params.{split}.target")
+        accepted = parameters_of(target) if target else []
+        if accepted is None or name in accepted:
+            path = f"data.params.{split}.params.{name}"
+            if overwrite or OmegaConf.select(config, path) is None:
+                OmegaConf.update(config, path, value, force_add=True)
+            found = True
+    return found
+
+
+def _apply_words(config: DictConfig, args: Namespace) -> None:
+    """Give the word to learn to the embedding manager and to the captions from one source."""
+    section = "model.params.personalization_config.params"
+    manager = OmegaConf.select(config, "model.params.personalization_config")
+    if manager is None:
+        for flag in ("placeholder_string", "init_word"):
+            if getattr(args, flag) is not None:
+                raise ValueError(f"--{flag}: this config has no model.params.personalization_config to learn a word")
+        return
+    if args.placeholder_string is not None:
+        OmegaConf.update(config, f"{section}.placeholder_strings", [args.placeholder_string], force_add=True)
+        _set_data_param(config, "placeholder_token", args.placeholder_string)
+    if args.init_word is not None:
+        OmegaConf.update(config, f"{section}.initializer_words", [args.init_word], force_add=True)
+    words = OmegaConf.select(config, f"{section}.placeholder_strings") or [DEFAULT_PLACEHOLDER]
+    _set_data_param(config, "placeholder_token", words[0], overwrite=False)
+    for split in SPLITS:
+        token = OmegaConf.select(config, f"data.params.{split}.params.placeholder_token")
+        if token is not None and token not in words:
+            raise ConfigError(
+                f"data.params.{split}.params.placeholder_token is '{token}' but the model learns {list(words)}: "
+                "set one word for both with --placeholder_string"
+            )

@@ -1,0 +1,319 @@
+"""From a plan to a run: build model, data and trainer, set the learning rate, fit."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from pytorch_lightning.utilities.warnings import PossibleUserWarning
+
+from ldm import callbacks as cb
+from ldm.run import RunPlan
+from ldm.util import (
+    ConfigError,
+    check_params,
+    count_params,
+    did_you_mean,
+    get_obj_from_str,
+    instantiate_from_config,
+    to_plain,
+)
+
+log = logging.getLogger(__name__)
+
+# Callbacks of `lightning.callbacks` that need no `target:`.
+CALLBACKS: dict[str, str] = {
+    "setup_callback": "ldm.callbacks.SetupCallback",
+    "image_logger": "ldm.callbacks.ImageLogger",
+    "learning_rate_logger": "ldm.callbacks.LearningRateMonitor",
+    "cuda_callback": "ldm.callbacks.CUDACallback",
+    "progress_bar": "ldm.callbacks.ProgressBar",
+    "step_seed": "ldm.callbacks.StepSeed",
+    "last_checkpoint": "ldm.callbacks.LastCheckpoint",
+    "embedding_checkpoint": "ldm.callbacks.EmbeddingCheckpoint",
+    "gradient_guard": "ldm.callbacks.GradientGuard",
+    "mode_swap_callback": "ldm.callbacks.ModeSwapCallback",
+    "metrics_over_trainsteps_checkpoint": "pytorch_lightning.callbacks.ModelCheckpoint",
+}
+# Lightning leaves these to the model when it steps its optimisers itself.
+MANUAL_OPTIONS = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+WORDS_FOR_DEVICES = ("cpu", "mps", "auto")
+
+
+def execute(plan: RunPlan) -> None:
+    """Carry out `plan`: train, then test when the config has a test set."""
+    _quieten()
+    if not plan.train and not (plan.test and OmegaConf.select(plan.config, "data.params.test")):
+        raise ValueError("nothing to do: add -t to train (or set `train: true` in the config)")
+    if "data" not in plan.config:
+        raise ConfigError("the config has no 'data' section, so there is nothing to train on")
+    pl.seed_everything(plan.seed, verbose=False)
+    model = instantiate_from_config(plan.config.model)
+    data = build_data(plan)
+    trainer = build_trainer(plan, model)
+    set_learning_rate(plan, model, trainer)
+    try:
+        if plan.train:
+            trainer.fit(model, data, ckpt_path=plan.resume)
+        if plan.test and OmegaConf.select(plan.config, "data.params.test"):
+            trainer.test(model, data)
+    except cb.RunStopped as stop:
+        log.warning("%s; go on with: python main.py -r %s", stop, plan.run_dir)
+        raise KeyboardInterrupt from None
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+
+
+def _quieten() -> None:
+    """One process speaks for all; of Lightning's remarks only the warnings that a user can act upon."""
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)
+
+
+def build_data(plan: RunPlan) -> Any:
+    """The data module, seeded like the run where it takes a seed."""
+    target = plan.config.data.target
+    accepted = inspect.signature(get_obj_from_str(target)).parameters
+    params = plan.config.data.get("params") or {}
+    extra = {"seed": plan.seed} if "seed" in accepted and "seed" not in params else {}
+    return instantiate_from_config(plan.config.data, **extra)
+
+
+# ------------------------------------------------------------------------------------------------------ trainer
+
+
+def build_trainer(plan: RunPlan, model: pl.LightningModule) -> pl.Trainer:
+    """The Trainer that `plan.lightning` describes, with this code base's defaults for the rest."""
+    options: dict[str, Any] = to_plain(plan.lightning.get("trainer")) or {}
+    choose_devices(options)
+    check_params("lightning.trainer", pl.Trainer, options)
+    if not model.automatic_optimization:
+        for name in MANUAL_OPTIONS:
+            value = options.pop(name, None)
+            if value is not None:
+                setattr(model, name, value)
+    options.setdefault("num_sanity_val_steps", 0)
+    options.setdefault("enable_model_summary", False)
+    options.setdefault("log_every_n_steps", 10)
+    options.setdefault("default_root_dir", str(plan.run_dir))
+    # the data module orders and shares out the samples itself
+    options.setdefault("use_distributed_sampler", False)
+    options["strategy"] = choose_strategy(plan, options, model)
+    options["plugins"] = [cb.SafeCheckpointIO(), *_as_list(options.get("plugins"))]
+    if options.get("logger", True) is True:
+        options["logger"] = build_loggers(plan)
+    options["callbacks"] = build_callbacks(plan, model, options)
+    try:
+        trainer = pl.Trainer(**options)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    device = trainer.strategy.root_device
+    total, trained = count_params(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info(
+        "Training %s of %s parameters on %d x %s, precision %s",
+        f"{trained:,}", f"{total:,}", trainer.world_size, device.type, trainer.precision,
+    )  # fmt: skip
+    return trainer
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def choose_devices(options: dict[str, Any]) -> None:
+    """Turn the published `gpus` and `accelerator: ddp` into Lightning 2's words; one device unless told otherwise."""
+    gpus = options.pop("gpus", None)
+    if str(options.get("accelerator", "")).startswith("ddp"):
+        options.setdefault("strategy", options.pop("accelerator"))
+    if gpus is not None:
+        options.update(parse_gpus(str(gpus)))
+    options.setdefault("accelerator", "auto")
+    options.setdefault("devices", 1)
+
+
+def parse_gpus(gpus: str) -> dict[str, Any]:
+    """`0,` or `0`: the first GPU; `0,1`: two of them; `-1`: all; `cpu`, `mps`, `auto` by name.
+
+    Without any GPU in the machine the numbers mean whatever device there is, with a warning.
+    """
+    if gpus in WORDS_FOR_DEVICES:
+        return {"accelerator": gpus}
+    if gpus.strip(",") == "-1":
+        return {"accelerator": "auto", "devices": "auto"}
+    numbers = [word for word in gpus.replace(" ", "").split(",") if word]
+    if not numbers or not all(re.fullmatch(r"\d+", word) for word in numbers):
+        raise ValueError(f"--gpus {gpus}: give GPU numbers such as '0,' or '0,1', or one of cpu, mps, auto")
+    available = torch.cuda.device_count()
+    if available == 0:
+        log.warning("--gpus %s: there is no CUDA device here, using what there is", gpus)
+        return {"accelerator": "auto"}
+    chosen = [int(word) for word in numbers]
+    if max(chosen) >= available:
+        raise ValueError(f"--gpus {gpus}: this machine has {available} GPUs, numbered from 0")
+    return {"accelerator": "gpu", "devices": chosen}
+
+
+def choose_strategy(plan: RunPlan, options: dict[str, Any], model: pl.LightningModule) -> str | Strategy:
+    """DDP that copes with unused parameters where some steps leave any unused; else what the config says.
+
+    Unused are, in a step, the parameters of the other optimiser (first stages) and words that no caption names.
+    """
+    strategy = to_plain(plan.lightning.get("strategy")) or options.get("strategy", "auto")
+    if isinstance(strategy, dict):
+        return instantiate_from_config({"target": "pytorch_lightning.strategies.DDPStrategy", **strategy})
+    count = options["devices"]
+    one = count in (1, "1") or isinstance(count, list) and len(count) == 1
+    several = options.get("num_nodes", 1) > 1 or not one
+    if strategy == "ddp" or strategy == "auto" and several:
+        some_unused = not model.automatic_optimization or getattr(model, "embedding_manager", None) is not None
+        return DDPStrategy(find_unused_parameters=bool(plan.lightning.get("find_unused_parameters", some_unused)))
+    return strategy
+
+
+def build_loggers(plan: RunPlan) -> list[Logger]:
+    """CSV and TensorBoard, or CSV and what `lightning.logger` names."""
+    csv = CSVLogger(plan.run_dir, name="csv", version=plan.started, flush_logs_every_n_steps=20)
+    config = to_plain(plan.lightning.get("logger")) or {}
+    target = config.get("target", "")
+    if not target or target.endswith("TestTubeLogger"):
+        if target:
+            log.warning("%s no longer exists: logging for TensorBoard instead", target)
+        return [csv, TensorBoardLogger(plan.run_dir, name="tensorboard", version="")]
+    accepted = inspect.signature(get_obj_from_str(target)).parameters
+    defaults = {"save_dir": str(plan.run_dir), "name": plan.run_dir.name}
+    params = {k: v for k, v in defaults.items() if k in accepted} | (config.get("params") or {})
+    return [csv, instantiate_from_config({"target": target, "params": params})]
+
+
+# ---------------------------------------------------------------------------------------------------- callbacks
+
+
+def build_callbacks(plan: RunPlan, model: pl.LightningModule, options: dict[str, Any]) -> list[pl.Callback]:
+    """The standing callbacks with the parameters of `lightning.callbacks`, and those that it adds."""
+    checkpoint = to_plain(plan.lightning.get("modelcheckpoint")) or {}
+    every = (checkpoint.get("params") or {}).get("every_n_train_steps")
+    defaults: dict[str, dict[str, Any]] = {
+        "setup_callback": {
+            "run_dir": plan.run_dir,
+            "started": plan.started,
+            "config": plan.config,
+            "lightning_config": plan.lightning,
+        },
+        "step_seed": {"seed": plan.seed},
+        "image_logger": {"save_dir": plan.run_dir / "images"},
+        "cuda_callback": {},
+    }
+    if options.get("enable_progress_bar", True):
+        defaults["progress_bar"] = {}
+    if options.get("logger") is not False:
+        defaults["learning_rate_logger"] = {"logging_interval": "step"}
+    if options.get("enable_checkpointing", True) and not options.get("fast_dev_run"):
+        defaults |= _saving_callbacks(plan, model, every)
+    chosen: dict[str, Any] = to_plain(plan.lightning.get("callbacks")) or {}
+    if "metrics_over_trainsteps_checkpoint" in chosen:
+        defaults["metrics_over_trainsteps_checkpoint"] = {
+            "dirpath": plan.checkpoint_dir / "trainstep_checkpoints",
+            "filename": "{epoch:06}-{step:09}",
+            "save_top_k": -1,
+            "every_n_train_steps": 10000,
+            "save_weights_only": True,
+        }
+    built = [_build_callback(name, chosen.get(name) or {}, defaults.get(name, {})) for name in {**defaults, **chosen}]
+    if "last_checkpoint" in defaults:
+        built += best_checkpoints(plan, model, checkpoint, options)
+    return built
+
+
+def _saving_callbacks(plan: RunPlan, model: pl.LightningModule, every: int | None) -> dict[str, dict[str, Any]]:
+    saving: dict[str, dict[str, Any]] = {
+        "last_checkpoint": {"dirpath": plan.checkpoint_dir, "every_n_train_steps": every},
+    }
+    if getattr(model, "embedding_manager", None) is not None:
+        saving["embedding_checkpoint"] = {"dirpath": plan.checkpoint_dir, "every_n_train_steps": every or 500}
+        if getattr(model, "inverts", False):
+            saving["gradient_guard"] = {}
+    return saving
+
+
+def _build_callback(name: str, config: dict[str, Any], defaults: dict[str, Any]) -> pl.Callback:
+    unknown = [key for key in config if key not in ("target", "params")]
+    if unknown:
+        hint = did_you_mean(unknown[0], ("target", "params"))
+        raise ConfigError(f"unknown key '{unknown[0]}' in lightning.callbacks.{name}{hint}; it takes target and params")
+    target = config.get("target") or CALLBACKS.get(name)
+    if target is None:
+        raise ConfigError(f"lightning.callbacks.{name} needs a target{did_you_mean(name, CALLBACKS)}")
+    accepted = inspect.signature(get_obj_from_str(target)).parameters
+    params = {k: v for k, v in defaults.items() if k in accepted} | (config.get("params") or {})
+    return instantiate_from_config({"target": target, "params": params})
+
+
+def best_checkpoints(
+    plan: RunPlan, model: pl.LightningModule, config: dict[str, Any], options: dict[str, Any]
+) -> list[pl.Callback]:
+    """Lightning's ModelCheckpoint for the best `save_top_k` by the monitored metric, or as the config asks for.
+
+    `last.ckpt` is `LastCheckpoint`'s; so without a metric there is nothing to do unless `save_top_k` is given.
+    """
+    params = dict(config.get("params") or {})
+    params.pop("save_last", None)
+    monitor = params.get("monitor", getattr(model, "monitor", None))
+    validates = "validation" in (plan.config.data.get("params") or {}) and options.get("limit_val_batches") != 0
+    if monitor and validates:
+        params.pop("every_n_train_steps", None)  # the metric is known after a validation
+        defaults: dict[str, Any] = {"monitor": monitor, "save_top_k": 3, "save_on_train_epoch_end": False}
+    elif params.get("save_top_k"):
+        params.pop("monitor", None)
+        defaults = {}
+    else:
+        return []
+    defaults |= {"dirpath": str(plan.checkpoint_dir), "filename": "{epoch:06}-{step:09}"}
+    check_params("lightning.modelcheckpoint", ModelCheckpoint, params)
+    target = config.get("target") or "pytorch_lightning.callbacks.ModelCheckpoint"
+    return [instantiate_from_config({"target": target, "params": {**defaults, **params}})]
+
+
+# ------------------------------------------------------------------------------------------------ learning rate
+
+
+def set_learning_rate(plan: RunPlan, model: pl.LightningModule, trainer: pl.Trainer) -> None:
+    """Set `model.learning_rate`: base rate x accumulation x devices x batch size, or the base rate alone."""
+    if not plan.train:
+        return
+    base = plan.config.model.get("base_learning_rate")
+    if base is None:
+        raise ConfigError("the config has no model.base_learning_rate: add model.base_learning_rate=1e-4 or the like")
+    base = float(base)
+    rate = base
+    if plan.scale_lr:
+        manual = not model.automatic_optimization
+        accumulate = int((model if manual else trainer).accumulate_grad_batches)  # type: ignore[arg-type]
+        batch_size = int(OmegaConf.select(plan.config, "data.params.batch_size") or 1)
+        rate = accumulate * trainer.world_size * batch_size * base
+        log.info(
+            "Learning rate %.3g = %d (accumulate_grad_batches) x %d (devices) x %d (batch size) x %.3g (base rate)",
+            rate, accumulate, trainer.world_size, batch_size, base,
+        )  # fmt: skip
+    else:
+        log.info("Learning rate %.3g (base rate, not scaled)", rate)
+    model.learning_rate = rate  # type: ignore[assignment]
+
+
+def find_metrics(run_dir: str | Path) -> list[Path]:
+    """CSV files of every start of a run, oldest first."""
+    return sorted(Path(run_dir).glob("csv/*/metrics.csv"))
