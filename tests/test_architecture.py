@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +19,8 @@ MAX_LINES = 400
 FLOORS: list[set[str]] = [
     {"ldm"},
     {"ldm.util", "ldm.protocols", "ldm.cli"},
-    {"ldm.resources", "ldm.lr_scheduler", "ldm.checkpoint", "ldm.data"},
+    {"ldm.resources"},
+    {"ldm.lr_scheduler", "ldm.checkpoint", "ldm.data"},
     {"ldm.modules.diffusionmodules.util", "ldm.modules.ema", "ldm.modules.distributions"},
     {"ldm.modules.attention", "ldm.modules.x_transformer"},
     {"ldm.modules.diffusionmodules", "ldm.modules.losses"},
@@ -40,6 +43,13 @@ FLOORS: list[set[str]] = [
     {"main", "merge_embeddings", "scripts"},
 ]
 FLOOR_OF = {entry: floor for floor, entries in enumerate(FLOORS) for entry in entries}
+# Where the name to install is not the name to import.
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "taming": "taming-transformers-rom1504",
+    "open_clip": "open_clip_torch",
+}
 COMMANDS = ("main", "merge_embeddings", "scripts", "ldm.cli")  # these talk to the user
 
 
@@ -145,3 +155,21 @@ def test_library_fixes_no_device(name: str):
 def test_files_stay_short(name: str):
     count = len(SOURCES[name].read_text().splitlines())
     assert count <= MAX_LINES, f"{name} has {count} lines, more than {MAX_LINES}: split it by reason to change"
+
+
+def test_every_imported_package_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [
+        *project["dependencies"],
+        *(r for group in project["optional-dependencies"].values() for r in group),
+    ]
+    declared = {re.split(r"[^\w.-]", r, maxsplit=1)[0].lower().replace("_", "-") for r in requirements}
+    own = {name.split(".")[0] for name in SOURCES}
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for package in {n.split(".")[0] for n in names} - own - set(sys.stdlib_module_names):
+                distribution = DISTRIBUTIONS.get(package, package).lower().replace("_", "-")
+                assert distribution in declared, f"{name} imports {package}, which pyproject.toml does not name"
