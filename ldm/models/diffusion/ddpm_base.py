@@ -275,15 +275,10 @@ class DDPM(pl.LightningModule):
         logs = {**logs, **{f"{name}_ema": value for name, value in averaged.items()}}
         self.log_dict(logs, prog_bar=False, logger=True, on_step=False, on_epoch=True, batch_size=len(x_start))
 
-    def on_train_start(self) -> None:
-        """Remember the step, so that the average moves once per optimiser step."""
-        self._ema_step = self.global_step
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Update the average after an optimiser step (not after every accumulated batch)."""
-        del outputs, batch, batch_idx
-        if self.use_ema and self.is_trained and self.global_step != self._ema_step:
-            self._ema_step = self.global_step
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then update the average: at the end of the batch a checkpoint would be saved before the update."""
+        super().optimizer_step(*args, **kwargs)
+        if self.use_ema and self.is_trained:
             self.model_ema(self.model)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
