@@ -17,6 +17,7 @@ from tests.meta_models import build_on_meta, load_config
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((DATA / "published_configs.json").read_text())
 CONFIGS = shipped_configs()
+ROOT = DATA.parents[1]
 
 # Two published files have one name; Textual Inversion's keeps it.
 RENAMED = {
@@ -89,6 +90,14 @@ def test_model_builds_on_the_meta_device(name: str):
     model = build_on_meta(name)
     assert isinstance(model, nn.Module)
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_the_list_of_configs_is_complete():
+    listed = (ROOT / "docs" / "configs.md").read_text()
+    for name in CONFIGS:
+        folder = name.split("/")[-2]
+        names = [name, name.removeprefix("configs/"), f"`{name.rpartition('/')[2]}`", f"| {folder}", f", {folder}"]
+        assert any(n in listed for n in names), f"docs/configs.md does not list {name}"
 
 
 def test_a_comment_says_what_each_file_is():
