@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.attention import LinearAttention
+from ldm.modules.diffusionmodules.util import GroupNorm
 
 ATTENTION_TYPES = ("vanilla", "linear", "none")
 
@@ -28,9 +29,9 @@ def get_timestep_embedding(timesteps: Tensor, embedding_dim: int) -> Tensor:
     return F.pad(embedding, (0, embedding_dim % 2))  # (B, embedding_dim)
 
 
-def normalize(channels: int) -> nn.GroupNorm:
+def normalize(channels: int) -> GroupNorm:
     """Group normalisation of the first stage: 32 groups, eps 1e-6."""
-    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+    return GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
 
 
 class Upsample(nn.Module):

@@ -18,7 +18,21 @@ _CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _POOLINGS: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
-class GroupNorm32(nn.GroupNorm):
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation at full speed in either memory order.
+
+    On the CPU the backward pass of the channels-last kernel is up to 28 times slower than that of the plain one
+    (bfloat16, 32 channels, 64 x 64), while two copies cost little; the order of the input is kept.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (B, C, ...) over groups of channels."""
+        if input.device.type != "cpu" or input.dim() != 4 or input.is_contiguous():
+            return super().forward(input)
+        return super().forward(input.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
+class GroupNorm32(GroupNorm):
     """Group normalisation that keeps the dtype of its input and computes in float32.
 
     The kernels accumulate half-precision inputs in float32 themselves; under autocast, where the weights are float32,
