@@ -148,7 +148,7 @@ class FirstStage(pl.LightningModule):
         low, high = self.batch_resize_range
         size = high  # the first steps use the largest, so that a lack of memory shows at once
         if self.global_step > 4:
-            sizes = range(low, high + 16, 16)
+            sizes = range(low, high + 1, 16)
             size = sizes[int(torch.randint(len(sizes), ()))]
         return x if size == x.shape[2] else F.interpolate(x, size=size, mode="bicubic")  # (B, C, size, size)
 
