@@ -23,6 +23,7 @@ from ldm.util import ConfigError, did_you_mean, get_obj_from_str
 
 log = logging.getLogger(__name__)
 
+TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
 DEFAULT_SEED = 23
 DEFAULT_PLACEHOLDER = "*"
 SECTIONS = {
@@ -71,8 +72,8 @@ def make_plan(args: Namespace, overrides: Sequence[str] = (), now: datetime.date
 
     Raises `FileNotFoundError` for files that do not exist and `ConfigError`/`ValueError` for what they must not say.
     """
-    started = (now or datetime.datetime.now()).strftime("%Y-%m-%dT%H-%M-%S")
     resumed_dir, checkpoint = find_run(args.resume) if args.resume else (None, None)
+    started = _start_time(resumed_dir, now or datetime.datetime.now())
     if resumed_dir and args.name:
         raise ValueError("-n/--name names a new run, -r/--resume goes on with an old one: give only one of them")
     saved = saved_configs(resumed_dir) if resumed_dir else []
@@ -126,6 +127,15 @@ def find_run(path: str | Path) -> tuple[Path, Path | None]:
         log.info("%s does not exist: the run starts again at step 0", last)
         return run_dir, None
     return run_dir, last
+
+
+def _start_time(resumed_dir: Path | None, now: datetime.datetime) -> str:
+    """Name of this start; a second start within the same second gets the next one."""
+    started = now.strftime(TIME_FORMAT)
+    while resumed_dir is not None and (resumed_dir / "configs" / f"{started}-project.yaml").exists():
+        now += datetime.timedelta(seconds=1)
+        started = now.strftime(TIME_FORMAT)
+    return started
 
 
 def saved_configs(run_dir: Path) -> list[Path]:

@@ -82,7 +82,8 @@ def _quieten() -> None:
         logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
-    warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)
+    for remark in (".*treespec.*", "Checkpoint directory .* exists and is not empty"):
+        warnings.filterwarnings("ignore", message=remark)
 
 
 def build_data(plan: RunPlan) -> Any:
