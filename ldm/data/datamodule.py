@@ -136,10 +136,13 @@ class ResumableLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Warn where `state`, saved by an earlier part of the run, describes other data."""
-        now = self.state_dict()
-        changed = [f"{key} {state[key]} -> {value}" for key, value in now.items() if state.get(key, value) != value]
-        if changed:
-            log.warning("the training data changed since the checkpoint (%s), so its order differs", ", ".join(changed))
+        _warn_of_changes(state, self.state_dict())
+
+
+def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [f"{key} {before[key]} -> {value}" for key, value in now.items() if before.get(key, value) != value]
+    if changed:
+        log.warning("the training data changed since the checkpoint (%s), so its order differs", ", ".join(changed))
 
 
 @runtime_checkable
@@ -160,6 +163,34 @@ class StreamLoader(DataLoader):
     def __iter__(self) -> Any:
         self.place()
         return super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Describe what decides the order of batches."""
+        return {"batch_size": self.batch_size, "num_workers": self.num_workers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Warn where `state`, saved by an earlier part of the run, describes another order."""
+        _warn_of_changes(state, self.state_dict())
+
+
+def batches_done(trainer: pl.Trainer | None) -> int:
+    """Batches trained so far in the whole run; `processed` is the count that is right after any interruption."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed if trainer else 0  # type: ignore[attr-defined]
+
+
+def stream_loader(
+    dataset: IterableDataset, batch_size: int, trainer: pl.Trainer | None, follow: bool, options: dict[str, Any]
+) -> DataLoader:
+    """Return a loader over an iterable data set; with `follow` one that starts where the trainer's progress says."""
+    if not isinstance(dataset, ResumableStream):
+        return DataLoader(dataset, batch_size=batch_size, **options)
+
+    def place() -> None:
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        dataset.start_at(batches_done(trainer) if follow else 0, batch_size, rank, world_size)
+
+    # Workers hold a copy of the stream from when they started, so they start anew with each iteration.
+    return StreamLoader(dataset, place, batch_size=batch_size, **{**options, "persistent_workers": False})
 
 
 class DataModuleFromConfig(pl.LightningDataModule):
@@ -212,25 +243,26 @@ class DataModuleFromConfig(pl.LightningDataModule):
         for split, config in self.dataset_configs.items():
             if split not in self.datasets:
                 dataset = instantiate_from_config(config)
-                self.datasets[split] = WrappedDataset(dataset) if self.wrap else dataset
+                wrap = self.wrap and not isinstance(dataset, IterableDataset)
+                self.datasets[split] = WrappedDataset(dataset) if wrap else dataset
 
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> DataLoader:
         """Return the loader that follows the trainer's progress, for a train config."""
-        return self._loader("train", self._batches_done)
+        return self._loader("train")
 
-    def val_dataloader(self) -> Any:
+    def val_dataloader(self) -> DataLoader:
         """Return the validation loader: each pass gives the same batches, drawn alike."""
         return self._loader("validation")
 
-    def test_dataloader(self) -> Any:
+    def test_dataloader(self) -> DataLoader:
         """Return the test loader: each pass gives the same batches, drawn alike."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> Any:
+    def predict_dataloader(self) -> DataLoader:
         """Return the loader for prediction, in the order of the data set."""
         return self._loader("predict")
 
-    def _loader(self, split: str, batches_done: Callable[[], int] | None = None) -> Any:
+    def _loader(self, split: str) -> DataLoader:
         if split not in self.datasets:
             self.setup()
         dataset = self.datasets[split]
@@ -243,7 +275,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         }
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if isinstance(dataset, IterableDataset):
-            return self._stream_loader(dataset, batches_done, rank, world_size, options)
+            return stream_loader(dataset, self.batch_size, self.trainer, follow=split == "train", options=options)
         sampler = ResumableSampler(
             len(dataset),
             self.batch_size,
@@ -251,39 +283,15 @@ class DataModuleFromConfig(pl.LightningDataModule):
             shuffle=self.shuffle[split],
             rank=rank,
             world_size=world_size,
-            batches_done=batches_done,
+            batches_done=functools.partial(batches_done, self.trainer) if split == "train" else None,
         )
-        if batches_done is not None:
+        if split == "train":
             sampler.limit = self._limit(len(sampler))
         return ResumableLoader(SeededDataset(dataset, self.seed), batch_sampler=sampler, **options)
-
-    def _stream_loader(
-        self,
-        dataset: IterableDataset,
-        batches_done: Callable[[], int] | None,
-        rank: int,
-        world_size: int,
-        options: dict[str, Any],
-    ) -> DataLoader:
-        if not isinstance(dataset, ResumableStream):
-            return DataLoader(dataset, batch_size=self.batch_size, **options)
-        # Workers hold a copy of the stream from when they started, so they start anew with each iteration.
-        options["persistent_workers"] = False
-        place = functools.partial(self._place, dataset, batches_done, rank, world_size)
-        return StreamLoader(dataset, place, batch_size=self.batch_size, drop_last=True, **options)
-
-    def _place(
-        self, stream: ResumableStream, batches_done: Callable[[], int] | None, rank: int, world_size: int
-    ) -> None:
-        stream.start_at(batches_done() if batches_done else 0, self.batch_size, rank, world_size)
-
-    def _batches_done(self) -> int:
-        """Batches trained so far in the whole run; `processed` is the count that is right after any interruption."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0  # type: ignore[attr-defined]
 
     def _limit(self, batches: int) -> int | None:
         """Batches per epoch under the trainer's `limit_train_batches` (a number or a share)."""
         limit = self.trainer.limit_train_batches if self.trainer else 1.0
         if limit is None or limit == 1.0 and isinstance(limit, float):
             return None
-        return int(batches * limit) if isinstance(limit, float) else limit
+        return max(1, int(batches * limit)) if isinstance(limit, float) else limit

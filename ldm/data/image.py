@@ -47,7 +47,7 @@ def open_image(source: Source, name: str | None = None, max_pixels: int = MAX_PI
     `name` is what messages call the source when it is no path. Raises `FileNotFoundError` for a missing file and
     `ValueError` that names the file when it is no image, is truncated, or has more than `max_pixels` pixels.
     """
-    label = name or (str(source) if isinstance(source, (str, Path)) else "image")
+    label = name or (str(source) if isinstance(source, (str, Path)) else "the picture")
     try:
         with warnings.catch_warnings():
             # Pillow warns at half of our own limit, which is checked right below.
@@ -184,10 +184,11 @@ class ImageLoader:
         """`open_image` with this loader's limit."""
         return open_image(source, name, self.max_pixels)
 
-    def prepare(self, *images: Image.Image) -> list[Image.Image]:
+    def prepare(self, *images: Image.Image, nearest: bool = False) -> list[Image.Image]:
         """Cut and resize pictures that belong together (same size, same cut); the first becomes RGB.
 
-        Further ones, such as masks in mode L, keep their mode; padding is 0 there.
+        Further ones, such as masks in mode L, keep their mode; padding is 0 there. With `nearest` they are resized
+        without mixing values, as labels need.
         """
         first, *others = images
         planes = [to_rgb(first, self.alpha, self.background), *others]
@@ -196,18 +197,23 @@ class ImageLoader:
         if self.crop == "pad":
             planes = [_pad_square(p, parse_colour(self.background) if p.mode == "RGB" else 0) for p in planes]
         elif self.crop in ("center", "random"):
-            box = self._box(*first.size)
+            box = self.box(*first.size)
             planes = [plane.crop(box) for plane in planes]
         if self.size is None:
             return planes
-        return [plane.resize((self.size, self.size), INTERPOLATIONS[self.interpolation]) for plane in planes]
+        picture, *rest = planes
+        size, filters = (self.size, self.size), INTERPOLATIONS[self.interpolation]
+        return [picture.resize(size, filters)] + [
+            p.resize(size, INTERPOLATIONS["nearest"] if nearest else filters) for p in rest
+        ]
 
     def finish(self, *images: Image.Image) -> list[Image.Image]:
         """Flip all pictures or none, with probability `flip_p`; always draws one number."""
         flip = torch.rand(1).item() < self.flip_p
         return [ImageOps.mirror(image) for image in images] if flip else list(images)
 
-    def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
+    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Return (left, top, right, bottom) of the centre or random cut from a picture of this size."""
         low, high = self.crop_fraction
         fraction = low if low == high else low + (high - low) * torch.rand(1).item()
         side = max(1, round(min(width, height) * fraction))
