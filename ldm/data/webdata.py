@@ -215,10 +215,10 @@ def expand_shards(shards: str | Sequence[str]) -> list[str]:
 
     Raises `FileNotFoundError` for local files that are not there.
     """
-    import braceexpand  # comes with webdataset
+    from webdataset.shardlists import expand_urls
 
     patterns = [shards] if isinstance(shards, str) else list(shards)
-    found = [shard for pattern in patterns for shard in braceexpand.braceexpand(pattern)]
+    found = [shard for pattern in patterns for shard in expand_urls(pattern)]
     local = [shard for shard in found if ":" not in shard]
     missing = [shard for shard in local if not Path(shard).is_file()]
     if missing:
