@@ -144,10 +144,19 @@ def _check_complete(model: nn.Module, path: str | Path) -> None:
         raise CheckpointError(
             f"{path} lacks {len(weights)} tensors of the model{some(weights)}; it {recognise(path).sentence}"
         )
-    for name in {name.rpartition(".")[0] for name in lacking}:
-        part = model.get_submodule(name)
-        part.to_empty(device="cpu", recurse=False)
-        part.reset_parameters()  # type: ignore[operator]
+    for name in lacking:
+        _initialise(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+
+
+def _initialise(owner: nn.Module, attribute: str) -> None:
+    tensor = getattr(owner, attribute)
+    new = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    if not isinstance(tensor, nn.Parameter):
+        owner._buffers[attribute] = new
+        return
+    owner._parameters[attribute] = nn.Parameter(new, requires_grad=tensor.requires_grad)
+    if isinstance(owner, (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)):
+        owner.reset_parameters()
 
 
 def _convert_rest(model: nn.Module, dtype: torch.dtype | None) -> None:

@@ -136,7 +136,7 @@ def _locate(file: io.BufferedReader, record: zipfile.ZipInfo | None, size: int) 
         return 0, -1
     if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
         raise CheckpointError("was packed again by another program (compressed or encrypted records); unpack it first")
-    file.seek(record.header_offset)
+    file.seek(min(max(record.header_offset, 0), size))
     local = file.read(30)
     if len(local) < 30 or local[:4] != b"PK\x03\x04":
         raise CheckpointError(f"is damaged: record {record.filename} is not where it should be; {AGAIN}")

@@ -18,7 +18,10 @@ from ldm.checkpoint_recognise import Traits, recognise_shapes
 logger = logging.getLogger(__name__)
 
 # Part of some models only: their absence or presence says nothing about whether file and model belong together.
-_OPTIONAL_PREFIXES = ("model_ema.", "embedding_manager.", "loss.")
+_OPTIONAL_PREFIXES = (
+    *("model_ema.", "embedding_manager.", "loss."),
+    "cond_stage_model.model.transformer.resblocks.23.",  # the block that Stable Diffusion 2.x does not run
+)
 _OPTIONAL_SUFFIXES = (".position_ids", ".num_batches_tracked", ".attn_mask", ".logit_scale", ".text_projection")
 
 
@@ -66,6 +69,11 @@ class _Slot:
     owner: nn.Module
     attribute: str
     tensor: Tensor
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """The same for all keys of one tensor."""
+        return id(self.owner), self.attribute
 
     def load(self, file: TensorFile, name: str, dtype: torch.dtype | None, device: str | torch.device) -> None:
         """Fill from the file: in place if the tensor exists in the wanted type, else by putting a new one there."""
@@ -115,15 +123,13 @@ def load_weights(
     build = BUILD.get() or BuildOptions()
     dtype, device = dtype or build.dtype, device or build.device
     with open_checkpoint(path) as file:
-        slots, groups = _slots(module)
+        slots = _slots(module)
         shapes = {key: tuple(slot.tensor.shape) for key, slot in slots.items()}
-        for group, part in groups.items():
-            shapes |= {key: tuple(t.shape) for key, t in part.state_dict(prefix=group).items()}
         names = _names(file, shapes, prefix, tuple(ignore_keys), use_ema_weights or build.use_ema_weights)
         report = _compare(file, shapes, names, prefix, tuple(ignore_keys))
         _drop_aliases(report, slots)
         _check_fit(file, module, shapes, report, strict)
-        _fill(file, slots, groups, {key: names[key] for key in report.loaded}, dtype, device)
+        _fill(file, slots, {key: names[key] for key in report.loaded}, dtype, device)
         _fill_averages(report, slots)
     level = logging.WARNING if report.missing or report.unexpected else logging.INFO
     logger.log(level, "%s", report)
@@ -140,29 +146,18 @@ def some(keys: Sequence[str]) -> str:
     return f" ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else ""
 
 
-def _translates(module: nn.Module) -> bool:
-    """Whether the module's state dict has other names than its tensors, so that only its own hooks can load it."""
-    return bool(module._load_state_dict_pre_hooks or module._state_dict_hooks)
-
-
-def _slots(module: nn.Module) -> tuple[dict[str, _Slot], dict[str, nn.Module]]:
-    """Persistent tensors of `module` by state-dict key, and the parts that translate their keys by prefix."""
+def _slots(module: nn.Module) -> dict[str, _Slot]:
+    """Persistent tensors of `module` by state-dict key; one tensor may have several keys."""
     slots: dict[str, _Slot] = {}
-    groups: dict[str, nn.Module] = {}
     for name, owner in module.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
-        if any(prefix.startswith(group) for group in groups):
-            continue
-        if _translates(owner):
-            groups[prefix] = owner
-            continue
         for attribute, parameter in owner._parameters.items():
             if parameter is not None:
                 slots[prefix + attribute] = _Slot(owner, attribute, parameter)
         for attribute, buffer in owner._buffers.items():
             if buffer is not None and attribute not in owner._non_persistent_buffers_set:
                 slots[prefix + attribute] = _Slot(owner, attribute, buffer)
-    return slots, groups
+    return slots
 
 
 def _names(
@@ -216,13 +211,9 @@ def _compare(
 
 def _drop_aliases(report: LoadReport, slots: Mapping[str, _Slot]) -> None:
     """A tensor that the module has under two names is not missing when the file has one of them (inpainting_big)."""
-
-    def place(key: str) -> tuple[int, str]:
-        return (id(slots[key].owner), slots[key].attribute) if key in slots else (0, key)
-
-    filled = {place(key) for key in report.loaded}
-    report.kept += [key for key in report.missing if place(key) in filled]
-    report.missing = [key for key in report.missing if place(key) not in filled]
+    filled = {slots[key].place for key in report.loaded}
+    report.kept += [key for key in report.missing if slots[key].place in filled]
+    report.missing = [key for key in report.missing if slots[key].place not in filled]
 
 
 def _check_fit(
@@ -250,28 +241,19 @@ def _check_fit(
 def _fill(
     file: TensorFile,
     slots: Mapping[str, _Slot],
-    groups: Mapping[str, nn.Module],
     names: Mapping[str, str],
     dtype: torch.dtype | None,
     device: str | torch.device,
 ) -> None:
-    done: dict[tuple[int, str], None] = {}
-    for key in sorted((k for k in names if k in slots), key=lambda k: file.tensors[names[k]].start):
+    done: set[tuple[int, str]] = set()
+    for key in sorted(names, key=lambda key: file.tensors[names[key]].start):  # in the order of the file
         slot = slots[key]
-        place = (id(slot.owner), slot.attribute)
-        if place in done:
+        if slot.place in done:
             continue
-        done[place] = None
+        done.add(slot.place)
         # Schedules stay exact: they are buffers of the model itself.
         exact = "." not in key and not isinstance(slot.tensor, nn.Parameter)
         slot.load(file, names[key], None if exact else dtype, device)
-    for group, part in groups.items():
-        own = {key.removeprefix(group): names[key] for key in names if key.startswith(group)}
-        waiting = any(p.is_meta for p in part.parameters())
-        kind = dtype or next((p.dtype for p in part.parameters()), None)
-        place_on = device if waiting else "cpu"
-        tensors = {k: file.read(name, as_floating(file.tensors[name].dtype, kind), place_on) for k, name in own.items()}
-        part.load_state_dict(tensors, strict=False, assign=waiting)
 
 
 def _fill_averages(report: LoadReport, slots: Mapping[str, _Slot]) -> None:
@@ -281,5 +263,6 @@ def _fill_averages(report: LoadReport, slots: Mapping[str, _Slot]) -> None:
         return
     weights = {key.removeprefix("model.").replace(".", ""): key for key in slots if not key.startswith("model_ema.")}
     for key in shadows:
-        weight = slots[weights[key.removeprefix("model_ema.")]]
-        slots[key].put(getattr(weight.owner, weight.attribute).detach().clone())
+        weight = slots.get(weights.get(key.removeprefix("model_ema."), ""))
+        if weight is not None:
+            slots[key].put(getattr(weight.owner, weight.attribute).detach().clone())

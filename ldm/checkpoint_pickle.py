@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickletools
 import struct
 import sys
+from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -34,7 +35,8 @@ _DAMAGE = (
     *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(struct.error, MemoryError, RecursionError),
 )
-_STDLIB = sys.stdlib_module_names | {"__builtin__", "copy_reg", "nt", "posix", "posixpath"}
+# Pickles of the usual protocol 2 name the standard library's modules as Python 2 did.
+_STDLIB = sys.stdlib_module_names | set(IMPORT_MAPPING)
 
 _STORAGE_DTYPES = {
     "FloatStorage": "float32",
@@ -85,7 +87,7 @@ class Global:
     path: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class PickledObject:
     """An object of some class that was not built: the class's dotted name and what the pickle says about it."""
 

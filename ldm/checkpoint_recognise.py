@@ -71,7 +71,7 @@ def recognise(source: str | Path | Shapes, size: int | None = None) -> ModelInfo
     with open_checkpoint(path) as file:
         shapes = {name: info.shape for name, info in file.tensors.items()}
         if not shapes and isinstance(file.tree, dict):
-            shapes = {str(key): () for key in file.tree}
+            shapes = {key: () for key in file.tree if isinstance(key, str)}
     return recognise_shapes(shapes, path, size)
 
 
@@ -86,7 +86,7 @@ def recognise_shapes(shapes: Shapes, path: Path | None = None, size: int | None 
     row = max(rows, key=lambda row: _overlap(traits, row))
     configs: list[str] = row["configs"]
     config, why = _choose(configs, row.get("hints", {}), path, size)
-    sentence = f"holds {row['title']} ({describe(traits)})"
+    sentence = f"holds {row['title']}: {describe(traits)}"
     others = tuple(name for name in configs if name != config)
     if others:
         sentence += f"; keys and shapes fit {', '.join(configs)} alike, {config} is taken {why}"
@@ -113,10 +113,10 @@ def describe(traits: Traits) -> str:
     parts = []
     if traits.unet:
         numbers = dict(re.findall(r"(\w+?)=(\d+)", traits.unet))
-        words = f"a UNet of {numbers['in']} input and {numbers['out']} output channels, base width {numbers['width']}"
-        words += f", context width {numbers['context']}" if numbers["context"] != "0" else ", without cross-attention"
+        words = f"{numbers['in']} to {numbers['out']} channels, width {numbers['width']}"
+        words += f", context {numbers['context']}" if numbers["context"] != "0" else ", no cross-attention"
         words += f", {numbers['classes']} classes" if numbers["classes"] != "0" else ""
-        parts.append(words)
+        parts.append(f"a UNet ({words})")
     if traits.first_stage:
         parts.append(f"a {traits.first_stage.split(' | ')[0]} first stage")
     if traits.cond_stage:
@@ -216,12 +216,12 @@ def _recognise_small(shapes: Shapes) -> ModelInfo:
     tops = {key.split(".")[0] for key in shapes}
     if not shapes:
         return ModelInfo("empty", "", "holds no tensors")
-    if tops & _EMBEDDING_KEYS or all(len(shape) in (1, 2) for shape in shapes.values()) and len(shapes) <= 2:
-        return ModelInfo("embedding", "", "is an embedding file; pass it as --embedding_path")
     if tops == {"embedding_manager"}:
         return ModelInfo("inversion", "", "is an inversion's own checkpoint, which has the learned words alone")
     if any(key.startswith("lora_") or ".lora_" in key or "lora_A" in key for key in shapes):
         return ModelInfo("lora", "", "is a LoRA, which changes a model and is none itself")
+    if tops & _EMBEDDING_KEYS or all(len(shape) in (1, 2) for shape in shapes.values()) and len(shapes) <= 2:
+        return ModelInfo("embedding", "", "is an embedding file; pass it as --embedding_path")
     if any(key.startswith(("down_blocks.", "conv_in.", "encoder.down_blocks.")) for key in shapes):
         return ModelInfo("diffusers", "", "has the key names of diffusers; use a file in the original layout")
     if "conditioner" in tops:

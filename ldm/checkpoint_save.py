@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -75,8 +76,8 @@ def save_safetensors(
         try:
             save_file(_unshared(tensors), temporary, metadata=dict(metadata) if metadata else {"format": "pt"})
         except SafetensorError as error:
-            full = "os error 28" in str(error)
-            raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
