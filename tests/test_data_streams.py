@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -82,7 +83,7 @@ def test_processes_share_the_samples(shards: str) -> None:
     assert sorted(map(int, seen)) == list(range(24))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2, 3])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_stream_resumes_at_any_batch(shards: str, num_workers: int) -> None:
     def run(first: int) -> list[tuple[str, float]]:
         stream = WebDatasetPictures(shards, size=8, crop="random", flip_p=0.5, shuffle=5, samples_per_epoch=15)
@@ -113,6 +114,39 @@ def test_data_module_serves_streams(shards: str) -> None:
     assert loader.state_dict() == {"batch_size": 4, "num_workers": 0}
     with pytest.raises(ValueError, match="samples_per_epoch 2"):
         instantiate_from_config({"target": target, "params": {**params, "samples_per_epoch": 2}}).start_at(0, 4)
+
+
+class Watcher(pl.LightningModule):
+    """Keeps the captions of the batches that it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[list[str]] = []
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        self.seen.append(batch["caption"])
+        return self.weight.sum() * batch["image"].mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_trainer_resumes_a_stream(shards: str, tmp_path: Path, num_workers: int) -> None:
+    def run(steps: int, ckpt: Path | None = None) -> list[list[str]]:
+        params = {"shards": shards, "size": 8, "samples_per_epoch": 20, "shuffle": 4}
+        train = {"target": "ldm.data.webdata.WebDatasetPictures", "params": params}
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        saver = pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", "{step}", every_n_train_steps=7, save_top_k=-1)
+        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=[saver], **quiet)
+        model = Watcher()
+        trainer.fit(model, DataModuleFromConfig(4, train=train, num_workers=num_workers), ckpt_path=ckpt)
+        return model.seen
+
+    whole = run(12)
+    assert len(whole) == 12
+    assert run(12, tmp_path / "ckpt" / "step=7.ckpt") == whole[7:]
 
 
 def test_damaged_samples_are_named_or_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
