@@ -138,16 +138,23 @@ def test_library_does_not_print(name: str):
     assert not lines, f"{name} prints in lines {lines}: use logging"
 
 
+def device_choices(tree: ast.AST) -> Iterator[ast.expr | None]:
+    """Expressions that decide a device for good: defaults of parameters and classes, and what tensors are moved to."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arguments):
+            yield from (*node.defaults, *node.kw_defaults)
+        elif isinstance(node, ast.ClassDef):
+            yield from (part.value for part in node.body if isinstance(part, ast.Assign | ast.AnnAssign))
+        elif isinstance(node, ast.Call):
+            yield from (keyword.value for keyword in node.keywords if keyword.arg == "device")
+            if isinstance(node.func, ast.Attribute) and node.func.attr in ("to", "cuda"):
+                yield from node.args or [ast.Constant(value="cuda", lineno=node.lineno)]
+
+
 @pytest.mark.parametrize("name", LIBRARY)
 def test_library_fixes_no_device(name: str):
-    """ "cuda" may be compared with, but is nobody's default, and nothing is moved there by name."""
-    compared = {id(part) for node in ast.walk(TREES[name]) if isinstance(node, ast.Compare) for part in ast.walk(node)}
-    lines = []
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in compared:
-            lines += [node.lineno] if re.fullmatch(r"cuda(:\d+)?", node.value) else []
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
-            lines.append(node.lineno)
+    chosen = [n for n in device_choices(TREES[name]) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    lines = [node.lineno for node in chosen if node.value.startswith("cuda")]
     assert not lines, f"{name} names a device in lines {lines}: take it from the tensors"
 
 

@@ -96,7 +96,8 @@ def test_the_list_of_configs_is_complete():
     listed = (ROOT / "docs" / "configs.md").read_text()
     for name in CONFIGS:
         folder = name.split("/")[-2]
-        names = [name, name.removeprefix("configs/"), f"`{name.rpartition('/')[2]}`", f"| {folder}", f", {folder}"]
+        file = name.rpartition("/")[2]
+        names = [name, name.removeprefix("configs/"), f"`{file}`", f"| {folder}", f", {folder}", f"`configs/{folder}/`"]
         assert any(n in listed for n in names), f"docs/configs.md does not list {name}"
 
 

@@ -51,8 +51,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     },
 }
 
-# Keys of the published models that ours lack on purpose; README.md and docs/configs.md list the same.
-ABSENT: dict[str, str] = {}
 # Schedule buffers, which the Stable Diffusion 2 manifests leave out.
 SCHEDULE = re.compile(r"[a-z0-9_]*(betas|alphas|alphas_cumprod|posterior)[a-z0-9_]*")
 
@@ -68,14 +66,9 @@ def test_state_dict_is_the_published_one(manifest: str):
     actual = {k: " ".join([str(v.dtype).removeprefix("torch."), *map(str, v.shape)]) for k, v in state.items()}
     if manifest.startswith("sd2_"):
         actual = {k: v for k, v in actual.items() if not SCHEDULE.fullmatch(k)}
-    expected = {k: v for k, v in MANIFESTS[manifest].items() if not any(re.fullmatch(p, k) for p in ABSENT)}
+    expected = MANIFESTS[manifest]
     missing, extra = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
     assert not missing, f"{len(missing)} keys are missing: {missing[:5]} ..."
     assert not extra, f"{len(extra)} keys were never published: {extra[:5]} ..."
     differing = [f"{k}: {actual[k]} instead of {expected[k]}" for k in expected if actual[k] != expected[k]]
     assert not differing, f"{len(differing)} tensors differ: {differing[:5]} ..."
-
-
-@pytest.mark.parametrize("pattern", ABSENT)
-def test_allowed_differences_are_in_use(pattern: str):
-    assert any(re.fullmatch(pattern, key) for keys in MANIFESTS.values() for key in keys)
