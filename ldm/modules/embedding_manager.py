@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm.data.templates import per_img_token_list
 from ldm.modules.embedding_io import WIDTHS, EmbeddingFile, read_embeddings, some_words, write_embeddings
-from ldm.modules.named_vectors import NamedVectors
+from ldm.modules.embedding_manager_vectors import NamedVectors
 from ldm.protocols import TextEncoder
 
 logger = logging.getLogger(__name__)
