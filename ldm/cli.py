@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 USER_ERRORS = (ValueError, TypeError, OSError, KeyboardInterrupt)
+DEBUG_FLAGS = {"--debug", "-d"}
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
@@ -16,18 +17,37 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
 
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model a command loads, and where it runs."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--ckpt_path",
+        "--ckpt",
+        metavar="FILE|DIR",
+        help="weights (.ckpt, .safetensors), a model's folder or a run directory (default: the model that comes along)",
+    )
+    group.add_argument("--config", metavar="YAML", help="its config (default: found beside the weights or from them)")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")
+    group.add_argument(
+        "--precision",
+        default="full",
+        choices=("full", "autocast", "half"),
+        help="full: float32; autocast: 16 bits where it is safe; half: 16-bit weights, half the memory (default: full)",
+    )
+
+
 def run_command(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> None:
     """Call `main(argv)` and exit: 0 on success, 2 with `error: ...` for bad input, 130 for Ctrl-C.
 
     Bad input is what raises ValueError (a ConfigError is one), TypeError or OSError (a missing file, a full disk).
-    Anything else is a bug and keeps its traceback, as does everything when `--debug` is among the arguments.
+    Anything else is a bug and keeps its traceback, as does everything when `--debug` or `-d` is among the arguments.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         main(argv)
     except USER_ERRORS as error:
-        if "--debug" in argv:
+        if DEBUG_FLAGS.intersection(argv):
             raise
         if isinstance(error, KeyboardInterrupt):
             sys.exit(INTERRUPTED)

@@ -1,0 +1,131 @@
+"""Command to fill masked parts of pictures with the latent diffusion inpainting model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+DEFAULT_FOLDER = "models/ldm/inpainting_big"
+EXAMPLES = """\
+example: photos/dog.png with photos/dog_mask.png (white where to fill), and any further pairs of that form:
+    python scripts/inpaint.py --indir photos --outdir outputs/inpainting
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
+    from ldm.cli import add_debug_flag
+
+    parser = argparse.ArgumentParser(
+        prog="inpaint.py",
+        description="Fill the parts of pictures that a mask (NAME_mask.png beside NAME.png) shows white.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--indir", required=True, metavar="DIR", help="folder with pairs NAME.png (or .jpg ...) and NAME_mask.png")
+    add("--outdir", required=True, metavar="DIR", help="where the filled pictures go, under the same names")
+    add("--steps", type=int, default=50, help="ddim steps (default: 50)")
+    add("--eta", type=float, default=0.0, help="ddim: 0 adds no noise, 1 much (default: 0)")
+    add("--seed", type=int, default=42, help="of the noise, the same for each picture (default: 42)")
+    add("--ckpt_path", metavar="FILE|DIR", default=DEFAULT_FOLDER, help=f"weights (default: in {DEFAULT_FOLDER})")
+    add("--config", metavar="YAML", help="the model's config (default: found beside the weights or from them)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")
+    add("--precision", default="full", choices=("full", "autocast", "half"), help="default: full")
+    add_debug_flag(parser)
+    return parser
+
+
+def find_pairs(folder: str | Path) -> list[tuple[Path, Path]]:
+    """All (picture, mask) in `folder`; raises when there is none, or a mask has no picture."""
+    from ldm.data.image import IMAGE_SUFFIXES
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}")
+    files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES]
+    pairs = []
+    for mask in files:
+        if not mask.stem.endswith("_mask"):
+            continue
+        stem = mask.stem.removesuffix("_mask")
+        picture = next((file for file in files if file.stem == stem), None)
+        if picture is None:
+            raise FileNotFoundError(f"{mask} has no picture beside it: expected {stem}.png")
+        pairs.append((picture, mask))
+    if not pairs:
+        raise FileNotFoundError(f"no pair NAME.png and NAME_mask.png in {folder}")
+    return pairs
+
+
+def load_pair(picture: Path, mask: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Picture (H, W, 3) float32 in [-1, 1] and mask (H, W, 1) of 0 (keep) and 1 (fill)."""
+    import numpy as np
+
+    from ldm.data.image import ImageLoader, open_image
+
+    image = ImageLoader().load(picture)
+    plane = open_image(mask).convert("L")
+    if plane.size != (image.shape[1], image.shape[0]):
+        raise ValueError(
+            f"{mask} has {plane.width} x {plane.height} pixels, its picture {image.shape[1]} x {image.shape[0]}"
+        )
+    return image, (np.asarray(plane)[..., None] >= 127.5).astype(np.float32)
+
+
+def fill(model: Any, image: np.ndarray, mask: np.ndarray, args: argparse.Namespace) -> np.ndarray:
+    """The picture (H, W, 3) in [-1, 1] with its masked part filled; the rest is returned as it was."""
+    import numpy as np
+    import torch
+
+    from ldm.generate import decode, first_stage_factor, precision_context
+    from ldm.models.diffusion.ddim import DDIMSampler
+
+    # sizes that the networks cannot halve often enough grow at the right and the bottom, and are cut again
+    unit = first_stage_factor(model) * model.model.diffusion_model.downsampling
+    height, width = image.shape[:2]
+    margin = ((0, -height % unit), (0, -width % unit), (0, 0))
+    large, large_mask = np.pad(image, margin, mode="edge"), np.pad(mask, margin, mode="edge")
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array)[None].to(model.device)  # (1, H, W, C)
+
+    # the model was trained on black where the mask is, and on masks scaled like pictures
+    batch = {"masked_image": tensor((large + 1) * (1 - large_mask) - 1), "mask": tensor(2 * large_mask - 1)}
+    with torch.no_grad(), model.ema_scope("Sampling"), precision_context(args.precision, model.device):
+        cond = model.get_conditioning(batch)  # (1, C + 1, h, w)
+        shape = (model.channels, *cond.shape[2:])
+        latent, _ = DDIMSampler(model).sample(args.steps, 1, shape, cond, seeds=[args.seed], eta=args.eta)
+        filled = decode(model, latent)[0].permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
+    return image * (1 - mask) + np.clip(filled[:height, :width], -1, 1) * mask
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line `argv`."""
+    args = build_parser().parse_args(argv)
+    pairs = find_pairs(args.indir)
+    from ldm.data.image import to_uint8
+    from ldm.generate import load_model, save_png
+
+    model = load_model(args.ckpt_path, args.config, device=args.device, precision=args.precision)
+    if getattr(model, "cond_stage_key", None) != "masked_image":
+        raise ValueError(f"{args.ckpt_path} is no inpainting model: it is not conditioned on a masked picture")
+    model.first_stage_model.float()  # small, and it sees the picture itself
+    for picture, mask in pairs:
+        filled = fill(model, *load_pair(picture, mask), args)
+        settings = {"seed": args.seed, "steps": args.steps, "eta": args.eta, "picture": picture.name}
+        print(save_png(to_uint8(filled), Path(args.outdir) / f"{picture.stem}.png", settings))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a clone runs without being installed
+    from ldm.cli import run_command
+
+    run_command(main)
