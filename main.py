@@ -206,4 +206,4 @@ def __dir__() -> list[str]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, ["--debug" if word == "-d" else word for word in sys.argv[1:]])

@@ -39,6 +39,7 @@ CALLBACKS: dict[str, str] = {
     "image_logger": "ldm.callbacks.ImageLogger",
     "learning_rate_logger": "ldm.callbacks.LearningRateMonitor",
     "cuda_callback": "ldm.callbacks.CUDACallback",
+    "contact_sheet": "ldm.callbacks.ContactSheet",
     "progress_bar": "ldm.callbacks.ProgressBar",
     "step_seed": "ldm.callbacks.StepSeed",
     "last_checkpoint": "ldm.callbacks.LastCheckpoint",
@@ -176,7 +177,8 @@ def choose_strategy(plan: RunPlan, options: dict[str, Any], model: pl.LightningM
     """
     strategy = to_plain(plan.lightning.get("strategy")) or options.get("strategy", "auto")
     if isinstance(strategy, dict):
-        return instantiate_from_config({"target": "pytorch_lightning.strategies.DDPStrategy", **strategy})
+        target = strategy.get("target", "pytorch_lightning.strategies.DDPStrategy")
+        return _build_foreign(target, strategy.get("params") or {})
     count = options["devices"]
     one = count in (1, "1") or isinstance(count, list) and len(count) == 1
     several = options.get("num_nodes", 1) > 1 or not one
@@ -198,7 +200,15 @@ def build_loggers(plan: RunPlan) -> list[Logger]:
     accepted = inspect.signature(get_obj_from_str(target)).parameters
     defaults = {"save_dir": str(plan.run_dir), "name": plan.run_dir.name}
     params = {k: v for k, v in defaults.items() if k in accepted} | (config.get("params") or {})
-    return [csv, instantiate_from_config({"target": target, "params": params})]
+    return [csv, _build_foreign(target, params)]
+
+
+def _build_foreign(target: str, params: dict[str, Any]) -> Any:
+    """Build an object of another library, whose `**kwargs` may reach further than its base classes."""
+    try:
+        return get_obj_from_str(target)(**params)
+    except TypeError as error:
+        raise ConfigError(f"{target}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------- callbacks
@@ -219,6 +229,8 @@ def build_callbacks(plan: RunPlan, model: pl.LightningModule, options: dict[str,
         "image_logger": {"save_dir": plan.run_dir / "images"},
         "cuda_callback": {},
     }
+    if getattr(model, "embedding_manager", None) is not None:
+        defaults["contact_sheet"] = {"run_dir": plan.run_dir}
     if options.get("enable_progress_bar", True):
         defaults["progress_bar"] = {}
     if options.get("logger") is not False:

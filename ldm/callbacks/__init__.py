@@ -4,10 +4,11 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 
 from ldm.callbacks.images import ImageLogger
 from ldm.callbacks.saving import EmbeddingCheckpoint, LastCheckpoint, RunStopped, SafeCheckpointIO
-from ldm.callbacks.setup import CUDACallback, ProgressBar, SetupCallback
+from ldm.callbacks.setup import ContactSheet, CUDACallback, ProgressBar, SetupCallback
 from ldm.callbacks.steps import GradientGuard, ModeSwapCallback, StepSeed
 
 __all__ = [
+    "ContactSheet",
     "CUDACallback",
     "EmbeddingCheckpoint",
     "GradientGuard",

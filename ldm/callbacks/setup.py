@@ -14,6 +14,8 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import TQDMProgressBar
 
+from ldm.data.contact_sheet import contact_sheet
+
 log = logging.getLogger(__name__)
 
 MIB = 2**20
@@ -47,6 +49,27 @@ class SetupCallback(pl.Callback):
             OmegaConf.save(config, unfinished)
             os.replace(unfinished, path)
         log.info("Run directory: %s", self.run_dir)
+
+
+class ContactSheet(pl.Callback):
+    """Writes `images/contact_sheet.png`: the training pictures as the model sees them, with their captions."""
+
+    def __init__(self, run_dir: str | Path, count: int = 16) -> None:
+        super().__init__()
+        self.path = Path(run_dir) / "images" / "contact_sheet.png"
+        self.count = count
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write it once, at the start of the run."""
+        del pl_module
+        datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
+        if trainer.global_step or not trainer.is_global_zero or "train" not in datasets:
+            return
+        dataset = datasets["train"]
+        if not hasattr(dataset, "__getitem__") or "image" not in dataset[0]:
+            return
+        path = contact_sheet(dataset, self.path, count=self.count)
+        log.info("Training pictures: %s", path)
 
 
 class CUDACallback(pl.Callback):
