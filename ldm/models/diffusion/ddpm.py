@@ -43,6 +43,12 @@ class LatentDiffusion(DDPM):
     All other options are those of `DDPM`.
     """  # noqa: E501 (table rows)
 
+    # Any: which class they are is up to the config; `encode` and `decode` are what is called.
+    first_stage_model: Any
+    cond_stage_model: Any
+    embedding_manager: Any
+    scale_factor: Any
+
     def __init__(
         self,
         first_stage_config: Any,
@@ -85,7 +91,7 @@ class LatentDiffusion(DDPM):
             self.scale_factor = scale_factor
         self.split_input_params: PatchOptions | None = None
 
-        self.first_stage_model: nn.Module = freeze(instantiate_from_config(first_stage_config))
+        self.first_stage_model = freeze(instantiate_from_config(first_stage_config))
         self.cond_stage_model = self._build_conditioner(cond_stage_config)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
@@ -112,8 +118,8 @@ class LatentDiffusion(DDPM):
             self.embedding_manager.load(checkpoint)
         if self.inverts:
             freeze(self.model)
-            assert self.cond_stage_model is not None
             freeze(self.cond_stage_model)
+            self.strict_loading = False  # its checkpoints hold the vectors alone, the rest are the base weights
             if isinstance(self.logvar, nn.Parameter):
                 self.logvar.requires_grad_(False)
 
@@ -254,7 +260,7 @@ class LatentDiffusion(DDPM):
             if float(self.scale_factor) != 1.0:
                 raise ValueError(f"scale_by_std computes scale_factor, which is already {float(self.scale_factor)}")
             z = self.get_latents(batch)
-            self.scale_factor.copy_(1.0 / z.flatten().std())  # type: ignore[operator]
+            self.scale_factor.copy_(1.0 / z.flatten().std())
             logger.info("scale_factor set to %.5f from the first batch", float(self.scale_factor))
         if self.embedding_manager is not None:
             self.embedding_manager.set_global_step(self.global_step)
@@ -275,11 +281,6 @@ class LatentDiffusion(DDPM):
             groups.append({"params": self.trainable_parameters(), "lr": self.model_lr})
         return groups
 
-    @property
-    def strict_loading(self) -> bool:
-        """An inversion's checkpoint holds the vectors alone; the frozen rest comes from the base weights."""
-        return not self.inverts
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep frozen weights out of an inversion's checkpoint."""
         if self.inverts:
@@ -287,7 +288,7 @@ class LatentDiffusion(DDPM):
             checkpoint["state_dict"] = {k: v for k, v in state.items() if k.startswith("embedding_manager.")}
 
     @torch.no_grad()
-    def log_images(  # type: ignore[override]
+    def log_images(
         self,
         batch: Mapping[str, Any],
         N: int = 8,

@@ -44,6 +44,12 @@ class DDPM(pl.LightningModule):
     `learning_rate` must be set before training (main.py does).
     """  # noqa: E501 (table rows)
 
+    # Buffers of the schedule, (T,) each.
+    alphas_cumprod: Tensor
+    lvlb_weights: Tensor
+    snr_weights: Tensor
+    logvar: Tensor
+
     def __init__(
         self,
         unet_config: Any,
@@ -91,6 +97,7 @@ class DDPM(pl.LightningModule):
         self.original_elbo_weight = original_elbo_weight
         self.l_simple_weight = l_simple_weight
         self.min_snr_gamma = min_snr_gamma
+        self.v_posterior = v_posterior
         self.scheduler_config = scheduler_config
         self.weight_decay = weight_decay
         self.learning_rate: float | None = None
@@ -225,12 +232,12 @@ class DDPM(pl.LightningModule):
         return drawn[rank * rows : (rank + 1) * rows]
 
     def draw_noise(self, like: Tensor) -> Tensor:
-        """Standard normal noise of the shape, dtype and device of `like`."""
-        return self.draw(lambda shape: torch.randn(shape, device=like.device, dtype=like.dtype), like.shape)
+        """Standard normal noise of the shape of `like`, drawn on the CPU: a seed is the same noise on every device."""
+        return self.draw(torch.randn, like.shape).to(like)
 
     def draw_timesteps(self, batch_size: int) -> Tensor:
         """Uniform time steps, int64 (B,)."""
-        return self.draw(lambda shape: torch.randint(self.num_timesteps, shape, device=self.device), (batch_size,))
+        return self.draw(lambda shape: torch.randint(self.num_timesteps, shape), (batch_size,)).to(self.device)
 
     def get_input(self, batch: Mapping[str, Any], key: str) -> Tensor:
         """Pictures of the batch as (B, C, H, W) float32, from (B, H, W, C) or (B, H, W)."""
