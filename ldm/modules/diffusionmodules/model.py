@@ -23,8 +23,9 @@ def get_timestep_embedding(timesteps: Tensor, embedding_dim: int) -> Tensor:
     first and stops one step short. An odd width is padded with a zero.
     """
     half = embedding_dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / max(half - 1, 1)
-    angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) * exponents)[None, :]  # (B, half)
+    step = -math.log(10000) / max(half - 1, 1)
+    frequencies = torch.exp(step * torch.arange(half, dtype=torch.float32, device=timesteps.device))
+    angles = timesteps.float()[:, None] * frequencies[None, :]  # (B, half)
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
     return F.pad(embedding, (0, embedding_dim % 2))  # (B, embedding_dim)
 
