@@ -20,6 +20,7 @@ UNCONDITIONAL_ALIAS = "__is_unconditional__"
 # Published YAML files also name these classes of taming-transformers, whose modules need packages that we do without.
 _OWN_INSTEAD_OF_TAMING = {
     "taming.modules.losses.vqperceptual.": "ldm.modules.losses.",
+    "taming.modules.losses.": "ldm.modules.losses.",
     "taming.data.faceshq.": "ldm.data.faceshq.",
 }
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.losses import DummyLoss, LPIPSWithDiscriminator, VQLPIPSWithDiscriminator, base, build_loss, lpips
+from ldm.modules.losses import DummyLoss, LPIPSWithDiscriminator, VQLPIPSWithDiscriminator, base, lpips
 from ldm.modules.losses.vqperceptual import measure_perplexity
-from ldm.util import ConfigError
+from ldm.util import ConfigError, instantiate_from_config
 from tests.conftest import assert_close
 
 
@@ -169,15 +169,19 @@ def test_injected_network_is_frozen_and_needs_no_lpips(monkeypatch: pytest.Monke
 
 def test_published_targets_give_these_losses() -> None:
     for module in ("taming.modules.losses.vqperceptual", "ldm.modules.losses", "ldm.modules.losses.vqperceptual"):
-        loss = build_loss({"target": f"{module}.VQLPIPSWithDiscriminator", "params": {"disc_start": 1, **PLAIN}})
+        loss = instantiate_from_config(
+            {"target": f"{module}.VQLPIPSWithDiscriminator", "params": {"disc_start": 1, **PLAIN}}
+        )
         assert isinstance(loss, VQLPIPSWithDiscriminator)
     for module in ("ldm.modules.losses", "ldm.modules.losses.contperceptual"):
-        loss = build_loss({"target": f"{module}.LPIPSWithDiscriminator", "params": {"disc_start": 1, **PLAIN}})
+        loss = instantiate_from_config(
+            {"target": f"{module}.LPIPSWithDiscriminator", "params": {"disc_start": 1, **PLAIN}}
+        )
         assert isinstance(loss, LPIPSWithDiscriminator)
-    assert isinstance(build_loss({"target": "ldm.modules.losses.contperceptual.DummyLoss"}), DummyLoss)
-    assert isinstance(build_loss({"target": "torch.nn.Identity"}), nn.Identity)
+    assert isinstance(instantiate_from_config({"target": "ldm.modules.losses.contperceptual.DummyLoss"}), DummyLoss)
+    assert isinstance(instantiate_from_config({"target": "torch.nn.Identity"}), nn.Identity)
     with pytest.raises(ConfigError, match="disc_strat.*disc_start"):
-        build_loss({"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": {"disc_strat": 1}})
+        instantiate_from_config({"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": {"disc_strat": 1}})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.ema import LitEma
-from ldm.modules.losses import FirstStageLoss, build_loss
+from ldm.modules.losses import FirstStageLoss
 from ldm.util import check_params, instantiate_from_config
 
 
@@ -79,7 +79,7 @@ class FirstStage(pl.LightningModule):
     def finish(self, lossconfig: Mapping[str, Any], ckpt_path: str | None, ignore_keys: Sequence[str]) -> None:
         """Add averages and loss, then load weights; to be called at the end of a subclass's constructor."""
         self.model_ema = LitEma(self) if self.use_ema else None  # before the loss, which needs no average
-        self.loss = build_loss(lossconfig)
+        self.loss = instantiate_from_config(lossconfig)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
