@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ldm.callbacks.steps import require_finite, trained_vectors
-from ldm.checkpoint import atomic_path, open_checkpoint, save_safely
+from ldm.checkpoint import open_checkpoint, save_safely
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class LastCheckpoint(Checkpoint):
 class EmbeddingCheckpoint(pl.Callback):
     """Saves the learned vectors: `embeddings_gs-N.pt` every N steps, `embeddings.pt` always the newest of them.
 
-    N counts completed steps. Files appear whole or not at all, and vectors that are not finite are never saved.
+    N counts completed steps. Vectors that are not finite are never saved.
     """
 
     def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500) -> None:
@@ -210,5 +210,4 @@ class EmbeddingCheckpoint(pl.Callback):
             return
         manager: Any = pl_module.embedding_manager
         for name in (f"embeddings_gs-{step}.pt", "embeddings.pt")[0 if numbered else 1 :]:
-            with atomic_path(self.dirpath / name) as temporary:
-                manager.save(temporary)
+            manager.save(self.dirpath / name, {"step": step})
