@@ -95,10 +95,8 @@ def test_documented_commands_parse(document: Path):
 def test_examples_in_help_texts_parse(path: Path):
     module = command(name_of(path))
     parser: argparse.ArgumentParser = module.build_parser()
-    examples = [
-        words for words in shell_lines(re.sub(r"[^\n]*:\n", "\n", parser.epilog or "")) if words[:1] == ["python"]
-    ]
-    for words in examples:
+    lines = [line.strip() for line in (parser.epilog or "").replace("\\\n", " ").splitlines()]
+    for words in shell_lines("\n".join(line for line in lines if line.startswith("python "))):
         check_python(words)
 
 
