@@ -29,7 +29,7 @@ def build_openai_clip(name: str, weights: str | Path | None = None) -> nn.Module
     known = open_clip.list_models()
     if arch not in known:
         raise ValueError(f"there is no OpenAI CLIP model {name!r}{did_you_mean(arch, known)}")
-    model = open_clip.create_model(arch)
+    model = open_clip.CLIP(**open_clip.get_model_config(arch))
     if weights is not None:
         if not Path(weights).is_file():
             raise FileNotFoundError(f"no CLIP weights at {weights}: give a local .safetensors or .pt state dict")
