@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.modules.diffusionmodules.util import TokenProjection, checkpoint, normalization, zero_module
+from ldm.modules.diffusionmodules.util import TokenProjection, attend, checkpoint, normalization, zero_module
 
 Context = Tensor | Sequence[Tensor] | None
 
@@ -97,7 +97,7 @@ class CrossAttention(nn.Module):
             empty = ~mask.any(dim=-1, keepdim=True)
             # Zero queries score every key alike, which is what the published fill with a finite number amounts to.
             q, mask = q.masked_fill(empty, 0), mask | empty
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, N, d)
+        out = attend(q, k, v, mask)  # (B, H, N, d)
         return self.to_out(merge_heads(out))  # (B, N, D)
 
     def _keys_values(self, x: Tensor, context: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -273,5 +273,5 @@ class SpatialSelfAttention(nn.Module):
         """Map a feature map (B, C, h, w) to one of the same shape."""
         tokens = to_tokens(self.norm(x))  # (B, N, C)
         q, k, v = (split_heads(part(tokens), 1) for part in (self.q, self.k, self.v))  # (B, 1, N, C)
-        out = merge_heads(F.scaled_dot_product_attention(q, k, v))  # (B, N, C)
+        out = merge_heads(attend(q, k, v))  # (B, N, C)
         return x + to_image(self.proj_out(out), x.shape[2:])  # (B, C, h, w)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ldm.modules.attention import Context, SpatialTransformer, merge_heads, split_heads, to_image, to_tokens
 from ldm.modules.diffusionmodules.util import (
     TokenProjection,
+    attend,
     avg_pool_nd,
     checkpoint,
     conv_nd,
@@ -200,7 +201,7 @@ class AttentionBlock(nn.Module):
         else:
             qkv = qkv.unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)  # (3, B, H, N, d)
         q, k, v = qkv.unbind(0)
-        out = merge_heads(F.scaled_dot_product_attention(q, k, v))  # (B, N, C)
+        out = merge_heads(attend(q, k, v))  # (B, N, C)
         return x + to_image(self.proj_out(out), x.shape[2:])  # (B, C, ...)
 
 
