@@ -74,9 +74,8 @@ def load_pair(picture: Path, mask: Path) -> tuple[np.ndarray, np.ndarray]:
     image = ImageLoader().load(picture)
     plane = open_image(mask).convert("L")
     if plane.size != (image.shape[1], image.shape[0]):
-        raise ValueError(
-            f"{mask} has {plane.width} x {plane.height} pixels, its picture {image.shape[1]} x {image.shape[0]}"
-        )
+        sizes = f"{plane.width} x {plane.height} pixels, its picture {image.shape[1]} x {image.shape[0]}"
+        raise ValueError(f"{mask} has {sizes}; make them the same")
     return image, (np.asarray(plane)[..., None] >= 127.5).astype(np.float32)
 
 
