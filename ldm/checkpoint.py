@@ -65,14 +65,15 @@ def load_model_from_config(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     use_ema_weights: bool = False,
+    size: int | None = None,
 ) -> nn.Module:
     """Build the model of a config with the weights of a checkpoint file, in eval mode, near the file's size of memory.
 
     `config` is a YAML file's path, a config with a `model` key, or the model's own `{target, params}`; without one the
-    checkpoint's keys and shapes choose it. `dtype` converts floating-point weights; the noise schedule stays float32.
+    checkpoint's keys and shapes choose it (`size`, in pixels, helps where they cannot). `dtype` converts floating-point weights; the noise schedule stays float32.
     Raises `CheckpointError` when the file does not belong to the config or lacks weights.
     """
-    model_config = _model_config(config, ckpt_path)
+    model_config = _model_config(config, ckpt_path, size)
     params = model_config.setdefault("params", {})
     path = ckpt_path or params.get("ckpt_path")
     if path is None:
@@ -88,11 +89,11 @@ def load_model_from_config(
     return model.to(device).eval()
 
 
-def _model_config(config: Any, ckpt_path: str | Path | None) -> dict[str, Any]:
+def _model_config(config: Any, ckpt_path: str | Path | None, size: int | None) -> dict[str, Any]:
     if config is None:
         if ckpt_path is None:
             raise ConfigError("neither a config nor a checkpoint is given")
-        info = recognise(ckpt_path)
+        info = recognise(ckpt_path, size)
         logger.info("%s %s", ckpt_path, info.sentence)
         config = info.require_config()
     if isinstance(config, (str, Path)):
