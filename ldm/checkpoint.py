@@ -70,8 +70,9 @@ def load_model_from_config(
     """Build the model of a config with the weights of a checkpoint file, in eval mode, near the file's size of memory.
 
     `config` is a YAML file's path, a config with a `model` key, or the model's own `{target, params}`; without one the
-    checkpoint's keys and shapes choose it (`size`, in pixels, helps where they cannot). `dtype` converts floating-point weights; the noise schedule stays float32.
-    Raises `CheckpointError` when the file does not belong to the config or lacks weights.
+    checkpoint's keys and shapes choose it (`size`, in pixels, helps where they cannot). `dtype` converts floating-point
+    weights; the noise schedule stays float32. Raises `CheckpointError` when the file does not belong to the config or
+    lacks weights.
     """
     model_config = _model_config(config, ckpt_path, size)
     params = model_config.setdefault("params", {})
