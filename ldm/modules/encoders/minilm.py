@@ -120,6 +120,8 @@ class FrozenBertEmbedder(TextConditioner):
     layer_norm_eps: sizes under Hugging Face's names.
     max_length: tokens per text, [CLS] and [SEP] included.
     zero_padding: give zeros at padding positions instead of their hidden states.
+    ckpt_path: weights to start from, such as a sentence encoder's `model.safetensors`; a model's own checkpoint, read
+      later, wins over it.
     vocab_file: other word-piece vocabulary (default: bert-base-uncased, packaged).
     """
 
@@ -134,6 +136,7 @@ class FrozenBertEmbedder(TextConditioner):
         layer_norm_eps: float = 1e-12,
         max_length: int = 77,
         zero_padding: bool = False,
+        ckpt_path: str | Path | None = None,
         vocab_file: str | Path | None = None,
     ) -> None:
         super().__init__()
@@ -155,6 +158,10 @@ class FrozenBertEmbedder(TextConditioner):
         self._vocab_file = vocab_file
         self.embeddings = BertEmbeddings(sizes)
         self.encoder = BertEncoder(sizes)
+        if ckpt_path is not None:
+            from ldm.checkpoint import load_weights
+
+            load_weights(self, ckpt_path)
         freeze(self)
 
     def _build_tokenizer(self) -> WordPieceTokenizer:

@@ -1,0 +1,72 @@
+"""Encode a data set with a first stage once, so that a latent diffusion model trains without running it.
+
+Writes the folder that `ldm.data.latents.PrecomputedLatents` reads: posterior moments (the posterior is still sampled
+at every step) and captions. Only 32-bit weights and eval mode are used; the same input gives the same folder.
+
+Example:
+    python scripts/encode_latents.py --config configs/emoji/autoencoder_kl_f8.yaml --ckpt_path AUTOENCODER.safetensors \\
+        --data train --out data/emoji/latents
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.cli import add_debug_flag, run_command  # noqa: E402 (runs from any folder, installed or not)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="YAML", help="first stage under `model`, data under `data`")
+    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="weights of the first stage")
+    parser.add_argument("--data", default="train", help="which data set of the config (default: %(default)s)")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--count", type=int, help="encode only the first N pictures")
+    parser.add_argument("--batch_size", type=int, default=64, help="pictures at a time (default: %(default)s)")
+    parser.add_argument(
+        "--num_workers", type=int, default=1, help="processes that load pictures (default: %(default)s)"
+    )
+    parser.add_argument("--precision", choices=("full", "autocast"), default="full", help="autocast: bfloat16")
+    add_debug_flag(parser)
+    encode(parser.parse_args(argv))
+
+
+def encode(options: argparse.Namespace) -> None:
+    """Encode the pictures and write moments and captions."""
+    import torch
+    from omegaconf import OmegaConf
+    from torch.utils.data import DataLoader, Subset
+    from tqdm import tqdm
+
+    from ldm.checkpoint import load_model_from_config
+    from ldm.data.latents import LatentWriter
+    from ldm.util import instantiate_from_config
+
+    config = OmegaConf.load(options.config)
+    model = load_model_from_config(config, options.ckpt_path)
+    data: Any = instantiate_from_config(config.data.params[options.data])
+    count = min(options.count or len(data), len(data))
+    loader = DataLoader(Subset(data, range(count)), options.batch_size, num_workers=options.num_workers)
+    writer: LatentWriter | None = None
+    with torch.inference_mode():
+        for batch in tqdm(loader, unit="batch"):
+            pictures = batch["image"].permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
+            with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "autocast"):
+                moments = model.encode(pictures).parameters  # (B, 2C, h, w)
+            if writer is None:
+                writer = LatentWriter(options.out, count, moments.shape[1:]).__enter__()
+            writer.add(moments, batch["caption"])
+    if writer is None:
+        raise ValueError(f"data set '{options.data}' of {options.config} is empty")
+    writer.__exit__(None, None, None)
+
+
+if __name__ == "__main__":
+    run_command(main)
