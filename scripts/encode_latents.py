@@ -4,8 +4,8 @@ Writes the folder that `ldm.data.latents.PrecomputedLatents` reads: posterior mo
 at every step) and captions. Only 32-bit weights and eval mode are used; the same input gives the same folder.
 
 Example:
-    python scripts/encode_latents.py --config configs/emoji/autoencoder_kl_f8.yaml --ckpt_path AUTOENCODER.safetensors \\
-        --data train --out data/emoji/latents
+    python scripts/encode_latents.py --config configs/emoji/autoencoder_kl_f8.yaml \\
+        --ckpt_path data/emoji/autoencoder.safetensors --data train --out data/emoji/latents
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def encode(options: argparse.Namespace) -> None:
     from ldm.util import instantiate_from_config
 
     config = OmegaConf.load(options.config)
-    model = load_model_from_config(config, options.ckpt_path)
+    model: Any = load_model_from_config(config, options.ckpt_path)
     data: Any = instantiate_from_config(config.data.params[options.data])
     count = min(options.count or len(data), len(data))
     loader = DataLoader(Subset(data, range(count)), options.batch_size, num_workers=options.num_workers)
