@@ -20,6 +20,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.utilities.warnings import PossibleUserWarning
 
 from ldm import callbacks as cb
+from ldm.data.datamodule import DataModuleFromConfig
 from ldm.run import RunPlan
 from ldm.util import (
     ConfigError,
@@ -60,9 +61,9 @@ def execute(plan: RunPlan) -> None:
         raise ValueError("nothing to do: add -t to train (or set `train: true` in the config)")
     if "data" not in plan.config:
         raise ConfigError("the config has no 'data' section, so there is nothing to train on")
+    data = build_data(plan)
     pl.seed_everything(plan.seed, verbose=False)
     model = instantiate_from_config(plan.config.model)
-    data = build_data(plan)
     trainer = build_trainer(plan, model)
     set_learning_rate(plan, model, trainer)
     try:
@@ -93,7 +94,10 @@ def build_data(plan: RunPlan) -> Any:
     accepted = inspect.signature(get_obj_from_str(target)).parameters
     params = plan.config.data.get("params") or {}
     extra = {"seed": plan.seed} if "seed" in accepted and "seed" not in params else {}
-    return instantiate_from_config(plan.config.data, **extra)
+    data = instantiate_from_config(plan.config.data, **extra)
+    if isinstance(data, DataModuleFromConfig):
+        data.setup()  # what is wrong with the data shows before a large model is loaded
+    return data
 
 
 # ------------------------------------------------------------------------------------------------------ trainer
