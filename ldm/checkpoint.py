@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ldm.checkpoint_file import open_checkpoint
 from ldm.checkpoint_formats import CheckpointError
 from ldm.checkpoint_load import BUILD, BuildOptions, LoadReport, as_floating, is_optional, load_weights, some
-from ldm.checkpoint_recognise import ModelInfo, recognise, recognise_shapes
+from ldm.checkpoint_recognise import ModelInfo, recognise, recognise_file, recognise_shapes
 from ldm.checkpoint_save import atomic_path, save_safely, save_safetensors
 from ldm.util import ConfigError, instantiate_from_config, to_plain
 
@@ -54,7 +54,7 @@ def read_state_dict(
     """
     with open_checkpoint(path) as file:
         if not file.tensors:
-            raise CheckpointError(f"{path} holds no tensors: {recognise(path).sentence}")
+            raise CheckpointError(f"{path} has no state dict: it {recognise_file(file).sentence}")
         return {name: file.read(name, as_floating(info.dtype, dtype), device) for name, info in file.tensors.items()}
 
 

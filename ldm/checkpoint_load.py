@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint_file import TensorFile, open_checkpoint
 from ldm.checkpoint_formats import CheckpointError
-from ldm.checkpoint_recognise import Traits, recognise_shapes
+from ldm.checkpoint_recognise import Traits, recognise_file, recognise_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ def _check_fit(
     strict_fault = strict and (report.missing or report.unexpected)
     if weights and not report.mismatched and not strict_fault:
         return
-    holds = recognise_shapes({k: v.shape for k, v in file.tensors.items()}, file.path).sentence
+    holds = recognise_file(file).sentence
     expected = recognise_shapes(shapes)
     if report.mismatched:
         fault = f"{len(report.mismatched)} tensors differ in shape, such as {report.mismatched[0]}"

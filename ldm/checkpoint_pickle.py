@@ -26,6 +26,7 @@ MAX_EXPANDED_NUMEL = (
 _HARMLESS_STDLIB = ("collections.", "datetime.", "decimal.", "fractions.", "pathlib.", "typing.", "enum.", "uuid.")
 _HARMLESS_CALLS = {
     *("argparse.Namespace", "types.SimpleNamespace", "functools.partial"),
+    *(f"builtins.{name}" for name in ("range", "slice", "complex", "bytearray", "bytes", "str", "object")),
     *("torch.device", "torch.dtype", "numpy.dtype", "numpy.ndarray"),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint_file import TensorFile, open_checkpoint
 from ldm.checkpoint_formats import CheckpointError, describe_folder
+from ldm.checkpoint_pickle import PickledObject
 from ldm.resources import config_path
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -63,16 +65,21 @@ def recognise(source: str | Path | Shapes, size: int | None = None) -> ModelInfo
     """
     if isinstance(source, Mapping):
         return recognise_shapes(source, size=size)
-    from ldm.checkpoint_file import open_checkpoint
-
     path = Path(source)
     if path.is_dir():
         return ModelInfo("folder", "", f"is {describe_folder(path)}")
     with open_checkpoint(path) as file:
-        shapes = {name: info.shape for name, info in file.tensors.items()}
-        if not shapes and isinstance(file.tree, dict):
-            shapes = {key: () for key in file.tree if isinstance(key, str)}
-    return recognise_shapes(shapes, path, size)
+        return recognise_file(file, size)
+
+
+def recognise_file(file: TensorFile, size: int | None = None) -> ModelInfo:
+    """As `recognise`, for a file that is open already."""
+    shapes: Shapes = {name: info.shape for name, info in file.tensors.items()}
+    if isinstance(file.tree, PickledObject):
+        return ModelInfo("object", "", f"is a pickled {file.tree.type}; save its state_dict() instead")
+    if not shapes and isinstance(file.tree, dict):
+        shapes = {key: () for key in file.tree if isinstance(key, str)}
+    return recognise_shapes(shapes, file.path, size)
 
 
 def recognise_shapes(shapes: Shapes, path: Path | None = None, size: int | None = None) -> ModelInfo:

@@ -145,6 +145,21 @@ def test_averaged_weights(tmp_path: Path):
         load_weights(Averaged(), plain, use_ema_weights=True)
 
 
+def test_files_without_a_state_dict_say_what_they_are(tmp_path: Path):
+    torch.save(make_net(), tmp_path / "module.pt")
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    cases = {
+        tmp_path / "module.pt": "is a pickled torch.nn.modules.container.Sequential; save its state_dict",
+        tmp_path / "empty.pt": "holds none of the known models",
+        END_TO_END / "embeddings_1vec.pt": "is an embedding file; pass it as --embedding_path",
+    }
+    for path, words in cases.items():
+        with pytest.raises(CheckpointError, match=words):
+            read_state_dict(path)
+        with pytest.raises(CheckpointError, match=words):
+            load_weights(make_net(), path)
+
+
 def test_linear_layers_and_1x1_convolutions_exchange_weights(tmp_path: Path):
     source = nn.Sequential(nn.Linear(3, 5))
     net = nn.Sequential(nn.Conv2d(3, 5, 1))
