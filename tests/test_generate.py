@@ -66,6 +66,16 @@ def test_encoded_conditioning_is_the_same_as_prompts(model):
     assert np.array_equal(by_prompt, by_function)
 
 
+def test_the_context_is_projected_once(model):
+    calls = []
+    layers = [m for name, m in model.model.named_modules() if name.endswith("attn2.to_k")]
+    handles = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
+    G.sample_images(model, PROMPTS[:2], options=G.SamplingOptions(steps=5, scale=3.0))
+    for handle in handles:
+        handle.remove()
+    assert len(calls) == len(layers) > 0
+
+
 def test_sizes(model):
     assert G.latent_shape(model) == (4, 8, 8)
     assert G.latent_shape(model, 64, 48) == (4, 16, 12)
