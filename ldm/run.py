@@ -279,10 +279,15 @@ def apply_flags(config: DictConfig, args: Namespace) -> None:
     if args.embedding_manager_ckpt:
         _set_model_param(config, "embedding_manager_ckpt", args.embedding_manager_ckpt, "--embedding_manager_ckpt")
     if args.data_root:
-        roots = args.data_root[0] if len(args.data_root) == 1 else list(args.data_root)
-        if not _set_data_param(config, "data_root", roots):
-            raise ValueError("--data_root: no data set of this config takes a 'data_root'")
+        _apply_data_roots(config, args.data_root)
     _apply_words(config, args)
+
+
+def _apply_data_roots(config: DictConfig, roots: list[str]) -> None:
+    """One folder goes to `data_root` of the data sets, several go to `data_roots` of those that take them."""
+    name, value = ("data_root", roots[0]) if len(roots) == 1 else ("data_roots", list(roots))
+    if not _set_data_param(config, name, value):
+        raise ValueError(f"--data_root {' '.join(roots)}: no data set of this config takes a '{name}'")
 
 
 def _set_model_param(config: DictConfig, name: str, value: Any, flag: str) -> None:

@@ -70,7 +70,7 @@ def execute(plan: RunPlan) -> None:
         if plan.train:
             trainer.fit(model, data, ckpt_path=plan.resume)
         if plan.test and OmegaConf.select(plan.config, "data.params.test"):
-            trainer.test(model, data)
+            run_test(trainer, model, data)
     except cb.RunStopped as stop:
         log.warning("%s; go on with: python main.py -r %s", stop, plan.run_dir)
         raise KeyboardInterrupt from None
@@ -86,6 +86,14 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     for remark in (".*treespec.*", "Checkpoint directory .* exists and is not empty"):
         warnings.filterwarnings("ignore", message=remark)
+
+
+def run_test(trainer: pl.Trainer, model: pl.LightningModule, data: pl.LightningDataModule) -> None:
+    """Test on the test set; a model without a `test_step` computes its validation metrics there."""
+    if type(model).test_step is pl.LightningModule.test_step:
+        trainer.validate(model, data.test_dataloader())
+    else:
+        trainer.test(model, data)
 
 
 def build_data(plan: RunPlan) -> Any:

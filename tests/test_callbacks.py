@@ -243,8 +243,10 @@ def test_image_options_are_checked(tmp_path: Path):
 
 def test_time_and_memory_per_epoch(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO):
-        fit(Inversion(), cb.CUDACallback())
-    assert caplog.text.count("steps/s, peak resident memory") == 2
+        fit(Inversion(), cb.CUDACallback(), steps=6)
+        assert caplog.text.count("steps/s, peak resident memory") == 1
+        fit(Inversion(), cb.CUDACallback(every_n_seconds=0), steps=6)
+        assert caplog.text.count("steps/s, peak resident memory") == 4
 
 
 # --------------------------------------------------------------------------------------------------- checkpoint io

@@ -200,3 +200,29 @@ def test_kill_at_ten_random_moments(unbroken: Callable[[str], Path], tmp_path: P
         words = ["-r", only_run(tmp_path / "logs")]
     run_main(*words, "--max_steps", steps)
     assert_same_state(only_run(tmp_path / "whole"), only_run(tmp_path / "logs"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+def test_ctrl_c_in_a_terminal_reaches_workers_and_still_saves(tmp_path: Path):
+    config = tiny_config()
+    config["data"]["params"]["num_workers"] = 2
+    config["lightning"]["trainer"] |= {"max_steps": 1_000_000, "log_every_n_steps": 1}
+    del config["lightning"]["modelcheckpoint"]
+    words = ["--base", write_config(tmp_path / "a.yaml", config), "-t", "-l", tmp_path / "logs"]
+    process = subprocess.Popen(
+        [sys.executable, "main.py", *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("logs/*/csv/*/metrics.csv")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, message[-2000:]
+    assert "go on with: python main.py -r" in message
+    assert last_checkpoint(only_run(tmp_path / "logs"))["global_step"] > 0

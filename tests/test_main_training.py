@@ -216,7 +216,7 @@ def test_test_set_is_used_unless_told_otherwise(tmp_path: Path, monkeypatch: pyt
     config["data"]["params"]["test"] = config["data"]["params"]["train"]
     base = write_config(tmp_path / "tiny.yaml", config)
     asked: list[str] = []
-    monkeypatch.setattr(pl.Trainer, "test", lambda self, *_: asked.append("test"))
+    monkeypatch.setattr(pl.Trainer, "validate", lambda self, *_: asked.append("test"))
     monkeypatch.setattr(pl.Trainer, "fit", lambda self, *_, **__: asked.append("fit"))
     run_main("--base", base, "-l", tmp_path)
     run_main("--base", base, "-l", tmp_path, "-t")

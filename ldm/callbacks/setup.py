@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -75,11 +76,14 @@ class ContactSheet(pl.Callback):
 class CUDACallback(pl.Callback):
     """Reports time and peak memory of each epoch: device memory on a GPU, resident memory elsewhere.
 
+    Every epoch goes to the logger; a line on the screen follows no sooner than `every_n_seconds` after the last one.
     (The name is the published one.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every_n_seconds: float = 30.0) -> None:
         super().__init__()
+        self.every_n_seconds = every_n_seconds
+        self.reported = -math.inf
         self.started = 0.0
         self.steps = 0
 
@@ -104,10 +108,12 @@ class CUDACallback(pl.Callback):
         steps = trainer.global_step - self.steps
         if not trainer.is_global_zero:
             return
-        log.info(
-            "Epoch %d: %.1f s, %.2f steps/s, peak %s memory %.0f MiB",
-            trainer.current_epoch, seconds, steps / max(seconds, 1e-9), kind, peak / MIB,
-        )  # fmt: skip
+        if time.perf_counter() - self.reported >= self.every_n_seconds:
+            self.reported = time.perf_counter()
+            log.info(
+                "Epoch %d: %.1f s, %.2f steps/s, peak %s memory %.0f MiB",
+                trainer.current_epoch, seconds, steps / max(seconds, 1e-9), kind, peak / MIB,
+            )  # fmt: skip
         for logger in trainer.loggers:
             logger.log_metrics({"epoch_seconds": seconds, "peak_memory_mib": peak / MIB}, step=trainer.global_step)
 

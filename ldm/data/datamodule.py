@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sized
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -193,6 +194,14 @@ def stream_loader(
     return StreamLoader(dataset, place, batch_size=batch_size, **{**options, "persistent_workers": False})
 
 
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches the workers too, but the trainer needs them until it has finished its step and saved."""
+    del worker
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # SIGUSR1 is not on Windows
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 class DataModuleFromConfig(pl.LightningDataModule):
     """Builds train, validation, test and predict data sets from configs and serves them as loaders.
 
@@ -272,6 +281,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             # A generator of its own: otherwise each new iterator takes a number from the global one.
             "generator": torch.Generator().manual_seed(self.seed),
+            "worker_init_fn": leave_signals_to_the_trainer,
         }
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if isinstance(dataset, IterableDataset):
