@@ -35,6 +35,19 @@ def normalize(channels: int) -> GroupNorm:
     return GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
 
 
+def set_norm_groups(module: nn.Module, groups: int) -> None:
+    """Let every group normalisation inside `module` use `groups` groups; weights, being per channel, stay as they are.
+
+    With as many groups as channels, as 32 are in a first stage of width 32, the mean of each channel is lost and flat
+    colours with it: small models need fewer.
+    """
+    for part in module.modules():
+        if isinstance(part, GroupNorm):
+            if part.num_channels % groups:
+                raise ValueError(f"norm_groups {groups} does not divide a width of {part.num_channels} channels")
+            part.num_groups = groups
+
+
 class Upsample(nn.Module):
     """Doubles height and width by nearest neighbours, then (`with_conv`) a 3x3 convolution."""
 
@@ -219,6 +232,7 @@ class Encoder(nn.Module):
         attn_type: str = "vanilla",  # "vanilla", "linear" or "none"
         give_pre_end: bool = False,  # (D) stop before the output convolution
         tanh_out: bool = False,  # (D) squash the picture into (-1, 1)
+        norm_groups: int = 32,  # groups of the normalisations; fewer for narrow models
     ) -> None:
         del out_ch, give_pre_end, tanh_out
         super().__init__()
@@ -241,6 +255,7 @@ class Encoder(nn.Module):
         self.mid = Middle(width, dropout, attn_type)
         self.norm_out = normalize(width)
         self.conv_out = nn.Conv2d(width, 2 * z_channels if double_z else z_channels, 3, padding=1)
+        set_norm_groups(self, norm_groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, z_channels or 2 z_channels, h, w), h = H / 2^(stages - 1)."""
@@ -272,6 +287,7 @@ class Decoder(nn.Module):
         attn_type: str = "vanilla",
         give_pre_end: bool = False,
         tanh_out: bool = False,
+        norm_groups: int = 32,
     ) -> None:
         del in_channels, double_z
         super().__init__()
@@ -296,6 +312,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(reversed(stages))  # published weights count from the highest resolution
         self.norm_out = normalize(width)
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
+        set_norm_groups(self, norm_groups)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, z_channels, h, w) -> (B, out_ch, H, W), or (B, ch * ch_mult[0], H, W) with `give_pre_end`."""
