@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install test slow lint format types check data
+.PHONY: help install test slow lint format types check smoke data
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -25,6 +25,9 @@ types:  ## check the type hints
 	mypy
 
 check: lint types test  ## what has to pass before a change lands
+
+smoke:  ## train and sample tiny models of every kind through the commands (some minutes)
+	python -m pytest -m slow tests/test_main_smoke.py
 
 data:  ## build the emoji pictures that the embedded model was trained on
 	python scripts/data/build_emoji.py
