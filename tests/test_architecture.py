@@ -38,6 +38,7 @@ FLOORS: list[set[str]] = [
     {"ldm.training"},
     {"ldm.training"},
     {"evaluation.metrics"},
+    {"evaluation.scorer"},
     {"evaluation.clip_eval"},
     {"evaluation"},
     {"main", "merge_embeddings", "scripts"},

@@ -28,6 +28,8 @@ STYLE_PHRASES: dict[str, str] = {
     "twemoji": "a vector drawing of",
     "emojione": "a cartoon of",
 }
+# Drawings that no generator is trained on have words too: the scorer, which knows all drawings, uses them.
+HELD_OUT_STYLE_PHRASES: dict[str, str] = {"openmoji": "an openmoji drawing of"}
 # Used for every style alike, so that a prompt without a style word has a meaning too.
 NEUTRAL_PHRASES = ("a picture of", "an image of", "a photo of", "a drawing of", "")
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -124,7 +126,7 @@ class Grammar:
         row = int(rng.choice(by_name[name]))
         style = sprites.styles[row]
         phrase = NEUTRAL_PHRASES[rng.integers(len(NEUTRAL_PHRASES))] if rng.random() < self.p_neutral else ""
-        phrase = phrase or STYLE_PHRASES[style] if rng.random() > 0.05 else ""
+        phrase = phrase or (STYLE_PHRASES | HELD_OUT_STYLE_PHRASES)[style] if rng.random() > 0.05 else ""
         tint = TINTS[rng.integers(len(TINTS))] if rng.random() < self.p_tint and style != "high-contrast" else ""
         background, words = self._background(rng)
         placed, subject = self._subject(sprites, rng, by_name, row, name, tint)
