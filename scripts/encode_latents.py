@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.cli import add_debug_flag, run_command  # noqa: E402 (runs from any folder, installed or not)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the command."""
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="YAML", help="first stage under `model`, data under `data`")
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="weights of the first stage")
@@ -35,7 +35,12 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--precision", choices=("full", "autocast"), default="full", help="autocast: bfloat16")
     add_debug_flag(parser)
-    encode(parser.parse_args(argv))
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    encode(build_parser().parse_args(argv))
 
 
 def encode(options: argparse.Namespace) -> None:

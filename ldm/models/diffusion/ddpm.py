@@ -256,9 +256,9 @@ class LatentDiffusion(DDPM):
     @torch.no_grad()
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Set `scale_factor` from the very first batch (scale_by_std); tell the embedding manager the step."""
-        if self.scale_by_std and self.global_step == 0 and self.current_epoch == 0 and batch_idx == 0:
-            if float(self.scale_factor) != 1.0:
-                raise ValueError(f"scale_by_std computes scale_factor, which is already {float(self.scale_factor)}")
+        # A factor that came with a checkpoint belongs to its network and stays.
+        fresh = self.global_step == 0 and self.current_epoch == 0 and batch_idx == 0
+        if self.scale_by_std and fresh and not self.inverts and float(self.scale_factor) == 1.0:
             z = self.get_latents(batch)
             self.scale_factor.copy_(1.0 / z.flatten().std())
             logger.info("scale_factor set to %.5f from the first batch", float(self.scale_factor))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
@@ -122,7 +123,7 @@ def diffusion_row(model: DDPM, x: Tensor) -> Tensor:
 
 def _decode_rows(model: LatentDiffusion, rows: Tensor) -> Tensor:
     """(T', n, C, h, w) latents -> (n * T', 3, H, W) pictures, one sample after the other."""
-    rows = rows.transpose(0, 1).flatten(0, 1)  # (n * T', C, h, w)
+    rows = rearrange(rows, "t n c h w -> (n t) c h w")
     return torch.cat([model.decode_first_stage(part) for part in rows.split(8)])
 
 
@@ -189,7 +190,7 @@ def _inpainted_images(
 def log_pixel_images(model: DDPM, batch: Mapping[str, Any], n: int, n_row: int, sample: bool) -> dict[str, Tensor]:
     """Inputs, diffusion row and ancestral samples of a pixel-space model: key -> (N, C, H, W)."""
     x = model.get_input(batch, model.first_stage_key)[:n]
-    log = {"inputs": x, "diffusion_row": diffusion_row(model, x[:n_row]).transpose(0, 1).flatten(0, 1)}
+    log = {"inputs": x, "diffusion_row": rearrange(diffusion_row(model, x[:n_row]), "t n c h w -> (n t) c h w")}
     if sample:
         with model.ema_scope("Sampling"):
             log["samples"] = AncestralSampler(model).sample(
