@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import inspect
 import logging
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.util import ConfigError, did_you_mean, get_obj_from_str
+from ldm.util import ConfigError, did_you_mean, get_obj_from_str, parameter_names
 
 log = logging.getLogger(__name__)
 
@@ -260,11 +259,8 @@ def _known_keys(config: DictConfig, where: str, node: DictConfig) -> list[str] |
 
 
 def parameters_of(target: str) -> list[str] | None:
-    """Names of the parameters that a `target:` takes; None when it takes any."""
-    parameters = inspect.signature(get_obj_from_str(target)).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return None
-    return list(parameters)
+    """Names of the parameters that a `target:` takes; None when nothing is known about them."""
+    return parameter_names(get_obj_from_str(target))
 
 
 # -------------------------------------------------------------------------------------------------------- flags

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 import warnings
@@ -21,7 +20,7 @@ from pytorch_lightning.utilities.warnings import PossibleUserWarning
 
 from ldm import callbacks as cb
 from ldm.data.datamodule import DataModuleFromConfig
-from ldm.run import RunPlan
+from ldm.run import RunPlan, parameters_of
 from ldm.util import (
     ConfigError,
     check_params,
@@ -98,8 +97,7 @@ def run_test(trainer: pl.Trainer, model: pl.LightningModule, data: pl.LightningD
 
 def build_data(plan: RunPlan) -> Any:
     """The data module, seeded like the run where it takes a seed."""
-    target = plan.config.data.target
-    accepted = inspect.signature(get_obj_from_str(target)).parameters
+    accepted = parameters_of(plan.config.data.target) or ()
     params = plan.config.data.get("params") or {}
     extra = {"seed": plan.seed} if "seed" in accepted and "seed" not in params else {}
     data = instantiate_from_config(plan.config.data, **extra)
@@ -209,7 +207,7 @@ def build_loggers(plan: RunPlan) -> list[Logger]:
         if target:
             log.warning("%s no longer exists: logging for TensorBoard instead", target)
         return [csv, TensorBoardLogger(plan.run_dir, name="tensorboard", version="")]
-    accepted = inspect.signature(get_obj_from_str(target)).parameters
+    accepted = parameters_of(target) or ()
     defaults = {"save_dir": str(plan.run_dir), "name": plan.run_dir.name}
     params = {k: v for k, v in defaults.items() if k in accepted} | (config.get("params") or {})
     return [csv, _build_foreign(target, params)]
@@ -283,7 +281,7 @@ def _build_callback(name: str, config: dict[str, Any], defaults: dict[str, Any])
     target = config.get("target") or CALLBACKS.get(name)
     if target is None:
         raise ConfigError(f"lightning.callbacks.{name} needs a target{did_you_mean(name, CALLBACKS)}")
-    accepted = inspect.signature(get_obj_from_str(target)).parameters
+    accepted = parameters_of(target) or ()
     params = {k: v for k, v in defaults.items() if k in accepted} | (config.get("params") or {})
     return instantiate_from_config({"target": target, "params": params})
 

@@ -66,7 +66,7 @@ def did_you_mean(word: str, known: Any) -> str:
 
 def check_params(target: str, factory: Callable[..., Any], params: Mapping[str, Any]) -> None:
     """Raise `ConfigError` when `params` has a key that `factory` does not take; the message names key and remedy."""
-    known = _parameter_names(factory)
+    known = parameter_names(factory)
     unknown = [key for key in params if known is not None and key not in known]
     if known is not None and unknown:
         key = unknown[0]
@@ -75,7 +75,7 @@ def check_params(target: str, factory: Callable[..., Any], params: Mapping[str, 
         )
 
 
-def _parameter_names(factory: Callable[..., Any]) -> list[str] | None:
+def parameter_names(factory: Callable[..., Any]) -> list[str] | None:
     """Names that `factory` takes; a class whose constructor passes `**options` on also takes those of its bases.
 
     None when everything is accepted or nothing can be known.
