@@ -133,6 +133,7 @@ class LatentDiffusion(DDPM):
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> Any:
         """Posterior (KL first stages) or latents of pictures (B, 3, H, W) in [-1, 1]."""
+        x = x.to(self._first_stage_dtype)
         options = self.split_input_params
         if options is not None and options.patch_distributed_vq:
             encode = self.first_stage_model.encode
@@ -142,7 +143,7 @@ class LatentDiffusion(DDPM):
     def get_first_stage_encoding(self, encoder_posterior: Any, noise: Tensor | None = None) -> Tensor:
         """Scaled latents (B, C, h, w): scale_factor * (mean + std * noise), or scale_factor * latents."""
         if isinstance(encoder_posterior, DiagonalGaussianDistribution):
-            mean, std = encoder_posterior.mean, encoder_posterior.std
+            mean, std = encoder_posterior.mean.float(), encoder_posterior.std.float()
             noise = self.draw_noise(mean) if noise is None else noise
             return self.scale_factor * (mean + std * noise)
         if isinstance(encoder_posterior, Tensor):
@@ -151,7 +152,7 @@ class LatentDiffusion(DDPM):
 
     def decode_first_stage(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
         """Pictures (B, 3, H, W) of scaled latents (B, C, h, w)."""
-        z = z / self.scale_factor
+        z = (z / self.scale_factor).to(self._first_stage_dtype)
         # Only quantising first stages take the option.
         kwargs = {"force_not_quantize": True} if force_not_quantize else {}
         options = self.split_input_params
@@ -159,6 +160,12 @@ class LatentDiffusion(DDPM):
             decode = self.first_stage_model.decode
             return blend_patches(z, lambda patch, _: decode(patch, **kwargs), options, upscale=options.vqf)
         return self.first_stage_model.decode(z, **kwargs)
+
+    @property
+    def _first_stage_dtype(self) -> torch.dtype:
+        """Type of the first stage's weights, which its inputs must have."""
+        parameters = self.first_stage_model.parameters()
+        return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
     # -- conditioning --------------------------------------------------------------------------------------------
 
@@ -168,11 +175,19 @@ class LatentDiffusion(DDPM):
         if stage is None:
             raise ValueError("this model is unconditional: it has no conditioner")
         if isinstance(stage, TextEncoder):
-            return stage.encode(c, embedding_manager=self.embedding_manager)
+            return self._encode_texts(stage, c)
         if hasattr(stage, "encode"):
             encoded = stage.encode(c)
             return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
         return stage(c)
+
+    def _encode_texts(self, stage: TextEncoder, texts: Any) -> Tensor:
+        """Context (B, L, D) of texts; equal ones are encoded once, unless dropout makes them differ."""
+        distinct = list(dict.fromkeys(texts)) if isinstance(texts, list | tuple) else texts
+        if len(distinct) == len(texts) or getattr(stage, "training", False):
+            return stage.encode(texts, embedding_manager=self.embedding_manager)
+        context = stage.encode(distinct, embedding_manager=self.embedding_manager)  # (number of distinct texts, L, D)
+        return context[[distinct.index(text) for text in texts]]  # (B, L, D)
 
     def conditioning_input(self, batch: Mapping[str, Any]) -> Any:
         """What the conditioner encodes: captions, token ids, the batch itself (labels), or pictures (B, C, H, W)."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytorch_lightning as pl
@@ -136,6 +136,16 @@ class DDPM(pl.LightningModule):
                 buffers["snr_weights"] = min_snr_weights(acp, self.min_snr_gamma, self.parameterization)
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=name not in ("lvlb_weights", "snr_weights"))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move as any module, but keep the schedule in float32 when the weights become 16-bit ones."""
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = (), only_unet: bool = False) -> None:
         """Load weights from a checkpoint file; what was missing or left over is logged."""
