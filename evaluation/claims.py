@@ -1,0 +1,113 @@
+"""Orderings that a paper claims, written as inequalities of table cells, and their verdicts.
+
+`text(ours) > text(three_words)` compares two rows; `image(ours) - image(image_only)` and the like are sums with
+numbers as factors, `abs(...)` is allowed. An ordering holds when the bootstrap interval of (left - right) is above 0,
+does not when it is below 0, and is undecided otherwise.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from evaluation.stats import Interval, interval
+from ldm.util import ConfigError, did_you_mean
+
+OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+SIGNS: dict[type, Callable[[Any], Any]] = {ast.USub: operator.neg, ast.UAdd: operator.pos}
+Lookup = Callable[[str, str], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """An ordering in words and as an inequality such as `text(ours) > text(three_words)`."""
+
+    says: str
+    holds_if: str
+
+    def difference(self, look_up: Lookup) -> np.ndarray:
+        """Left minus right side of `a > b`, or right minus left of `a < b`, for values from `look_up(metric, row)`."""
+        left, sign, right = self._sides()
+        return sign * (_value(left, look_up, self.holds_if) - _value(right, look_up, self.holds_if))
+
+    def rows(self) -> set[tuple[str, str]]:
+        """The (metric, row) pairs that the inequality names."""
+        found: set[tuple[str, str]] = set()
+
+        def note(metric: str, row: str) -> np.ndarray:
+            found.add((metric, row))
+            return np.ones(1)
+
+        self.difference(note)
+        return found
+
+    def _sides(self) -> tuple[ast.expr, int, ast.expr]:
+        try:
+            tree = ast.parse(self.holds_if.strip(), mode="eval").body
+        except SyntaxError:
+            tree = None
+        if not isinstance(tree, ast.Compare) or len(tree.ops) != 1 or not isinstance(tree.ops[0], ast.Gt | ast.Lt):
+            raise ConfigError(f"'{self.holds_if}' is no inequality of the form metric(row) > metric(row)")
+        return tree.left, 1 if isinstance(tree.ops[0], ast.Gt) else -1, tree.comparators[0]
+
+
+def _value(node: ast.expr, look_up: Lookup, text: str) -> Any:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return node.value
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](_value(node.left, look_up, text), _value(node.right, look_up, text))
+    if isinstance(node, ast.UnaryOp) and type(node.op) in SIGNS:
+        return SIGNS[type(node.op)](_value(node.operand, look_up, text))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) == 1 and not node.keywords:
+        (argument,) = node.args
+        if node.func.id == "abs":
+            return np.abs(_value(argument, look_up, text))
+        if isinstance(argument, ast.Name):
+            return look_up(node.func.id, argument.id)
+    raise ConfigError(f"'{text}': '{ast.unparse(node)}' is neither metric(row) nor a number nor a sum of these")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A claim and what the results say about it."""
+
+    claim: Claim
+    difference: Interval
+
+    @property
+    def verdict(self) -> str:
+        """Holds, does not, or undecided."""
+        return self.difference.verdict
+
+
+def check_claims(
+    claims: Sequence[Claim],
+    means: Mapping[tuple[str, str], float],
+    replicates: Mapping[tuple[str, str], np.ndarray],
+) -> list[Finding]:
+    """Decide every claim from means and bootstrap replicates (R,) by (metric, row)."""
+
+    def look_up_in(table: Mapping[tuple[str, str], Any]) -> Lookup:
+        def look_up(metric: str, row: str) -> np.ndarray:
+            if (metric, row) not in table:
+                known = [f"{m}({r})" for m, r in table]
+                raise ConfigError(f"no '{metric}({row})' in the table{did_you_mean(f'{metric}({row})', known)}")
+            return np.asarray(table[metric, row])
+
+        return look_up
+
+    findings = []
+    for claim in claims:
+        mean = float(claim.difference(look_up_in(means)))
+        findings.append(Finding(claim, interval(mean, claim.difference(look_up_in(replicates)))))
+    return findings

@@ -1,0 +1,92 @@
+"""Bootstrap intervals over concepts and seeds, and what they say about an expected ordering."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+RESAMPLES = 2000
+LEVEL = 0.95
+HOLDS, FAILS, UNDECIDED = "holds", "does not", "undecided"
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """An estimate and its interval; the bounds are not-a-number where there is too little to tell."""
+
+    mean: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says about "this is greater than zero": holds, does not, or undecided."""
+        if self.low > 0:
+            return HOLDS
+        return FAILS if self.high < 0 else UNDECIDED
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]" if self.low == self.low else f"{self.mean:.3f}"
+
+
+def interval(mean: float, replicates: np.ndarray, level: float = LEVEL) -> Interval:
+    """Percentile interval from bootstrap replicates (R,); no bounds when they all are the same or missing."""
+    known = replicates[~np.isnan(replicates)]
+    if not len(known) or np.ptp(known) == 0.0:
+        return Interval(float(mean))
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(mean), float(low), float(high))
+
+
+class Bootstrap:
+    """Two-level resampling of results (concepts, seeds): concepts first, then the seeds within each.
+
+    All rows of a table are resampled together, so that differences between rows are paired: a concept that is hard
+    for one setup is hard for the other too. Missing results (not-a-number) are left out of the means.
+    """
+
+    def __init__(self, concepts: int, seeds: int, resamples: int = RESAMPLES, seed: int = 0) -> None:
+        if concepts < 1 or seeds < 1 or resamples < 1:
+            raise ValueError(f"nothing to resample: {concepts} concepts, {seeds} seeds, {resamples} resamples")
+        rng = np.random.default_rng(seed)
+        self.shape = (concepts, seeds)
+        self._concepts = rng.integers(concepts, size=(resamples, concepts))
+        self._seeds = rng.integers(seeds, size=(resamples, concepts, seeds))
+
+    def mean(self, values: np.ndarray) -> float:
+        """Mean over the concepts of the means over their seeds; values (C, S) or (C, 1) without seeds."""
+        return float(_mean(_mean(self._full(values))))
+
+    def replicates(self, values: np.ndarray) -> np.ndarray:
+        """Bootstrap replicates (R,) of `mean`."""
+        drawn = self._full(values)[self._concepts[:, :, None], self._seeds]  # (R, C, S)
+        return _mean(_mean(drawn))
+
+    def interval(self, values: np.ndarray, level: float = LEVEL) -> Interval:
+        """Mean and percentile interval of results (C, S)."""
+        return interval(self.mean(values), self.replicates(values), level)
+
+    def _full(self, values: np.ndarray) -> np.ndarray:
+        try:
+            return np.broadcast_to(np.asarray(values, dtype=float), self.shape)
+        except ValueError as error:
+            raise ValueError(f"results of shape {np.shape(values)} do not fit {self.shape} concepts, seeds") from error
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is not missing; missing where all is."""
+    known = ~np.isnan(values)
+    count = known.sum(-1)
+    return np.where(count, np.where(known, values, 0.0).sum(-1) / np.maximum(count, 1), math.nan)
+
+
+def group_intervals(values: Mapping[str, np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Interval]:
+    """Mean and interval of each named sample (N,); not-a-number is left out."""
+    intervals = {}
+    for name, sample in values.items():
+        column = np.asarray(sample, dtype=float)[:, None]
+        intervals[name] = Bootstrap(len(column), 1, resamples, seed).interval(column)
+    return intervals
