@@ -41,6 +41,7 @@ PACKAGES: dict[str, tuple[str, str, str, str]] = {
 }  # fmt: skip
 NAMES_PACKAGE = ("unicode-emoji-json", "0.9.0")
 HELD_OUT_STYLE = "openmoji"
+Sprite = tuple[np.ndarray, str, str]  # pixels (size, size, 4), name, style
 
 GROUPS = ("Animals & Nature", "Food & Drink", "Activities", "Objects", "Travel & Places")
 # Drawings that a 64-pixel picture cannot tell apart, or that show text, numbers or a whole scene.
@@ -66,8 +67,8 @@ EXCLUDED = re.compile(
 )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command."""
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/emoji"), help="folder to write (default: %(default)s)")
     parser.add_argument("--size", type=int, default=96, help="sprite size in pixels (default: %(default)s)")
@@ -81,7 +82,12 @@ def main(argv: list[str] | None = None) -> int:
         "--export", type=int, default=0, metavar="N", help="also write N pictures as a captioned folder"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the exported pictures")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command."""
+    options = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options.out.mkdir(parents=True, exist_ok=True)
     packages = {
@@ -89,7 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     names = read_names(fetch(*NAMES_PACKAGE, options.out / "packages"))
     held = held_out_names(json.loads(options.held_out.read_text(encoding="utf-8")), list(names.values()))
-    train, style_set, concepts = [], [], []
+    train: list[Sprite] = []
+    style_set: list[Sprite] = []
+    concepts: list[Sprite] = []
     for style, package in packages.items():
         for name, pixels in draw_style(style, package, names, options.size):
             if style == HELD_OUT_STYLE:
@@ -204,7 +212,7 @@ def fit(drawing: Image.Image, size: int) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def write_sprites(path: Path, rows: list[tuple[np.ndarray, str, str]]) -> None:
+def write_sprites(path: Path, rows: list[Sprite]) -> None:
     """Write `NAME.npy` and `NAME.json` (names and styles in row order)."""
     np.save(path, np.stack([pixels for pixels, _, _ in rows]))
     index = {"names": [name for _, name, _ in rows], "styles": [style for _, _, style in rows]}
