@@ -138,7 +138,7 @@ def _locate(file: io.BufferedReader, record: zipfile.ZipInfo | None, size: int) 
         raise CheckpointError("was packed again by another program (compressed or encrypted records); unpack it first")
     file.seek(min(max(record.header_offset, 0), size))
     local = file.read(30)
-    if len(local) < 30 or local[:4] != b"PK\x03\x04":
+    if record.header_offset < 0 or len(local) < 30 or local[:4] != b"PK\x03\x04":
         raise CheckpointError(f"is damaged: record {record.filename} is not where it should be; {AGAIN}")
     start = record.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
     if start + record.file_size > size:
