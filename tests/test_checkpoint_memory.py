@@ -1,7 +1,7 @@
 """Peak memory of loading full-size checkpoints: 1.3 times the file in float32, 0.8 times in half precision.
 
 Files with random weights and the exact keys of the published models are written to the temporary folder (5.7 GB and
-4.0 GB), loaded by a fresh process that reports its own peak, and sampled from for two steps.
+4.0 GB), loaded by a fresh process that reads every weight and reports its own peak, and sampled from for two steps.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ begin = time.time()
 dtype = getattr(torch, sys.argv[2])
 model = load_model_from_config(None, sys.argv[1], dtype=dtype)
 report = {"load_peak": peak(), "load_seconds": time.time() - begin}
+for tensor in model.state_dict().values():  # mapped weights take memory once they are read
+    tensor.sum()
+report["touched_peak"] = peak()
 assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
 assert {p.dtype for p in model.model.parameters()} == {dtype}
 begin = time.time()
@@ -111,5 +114,5 @@ def test_loads_within_its_share_of_memory_and_samples(published: Path, name: str
     report = json.loads(run(LOAD_AND_SAMPLE, path, dtype).splitlines()[-1])
     size = path.stat().st_size
     print(f"{published.name} {name} {dtype}: file {size / 1e9:.2f} GB", report)
-    assert report["load_peak"] <= limit * size
+    assert report["touched_peak"] <= limit * size
     assert report["shape"][:2] == [1, 3]
