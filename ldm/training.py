@@ -46,6 +46,7 @@ CALLBACKS: dict[str, str] = {
     "embedding_checkpoint": "ldm.callbacks.EmbeddingCheckpoint",
     "gradient_guard": "ldm.callbacks.GradientGuard",
     "mode_swap_callback": "ldm.callbacks.ModeSwapCallback",
+    "moments_cache": "ldm.callbacks.MomentsCache",
     "metrics_over_trainsteps_checkpoint": "pytorch_lightning.callbacks.ModelCheckpoint",
 }
 # Lightning leaves these to the model when it steps its optimisers itself.
@@ -240,7 +241,7 @@ def build_callbacks(plan: RunPlan, model: pl.LightningModule, options: dict[str,
         "cuda_callback": {},
     }
     if getattr(model, "embedding_manager", None) is not None:
-        defaults["contact_sheet"] = {"run_dir": plan.run_dir}
+        defaults |= {"contact_sheet": {"run_dir": plan.run_dir}, "moments_cache": {}}
     if options.get("enable_progress_bar", True):
         defaults["progress_bar"] = {}
     if options.get("logger") is not False:

@@ -190,16 +190,16 @@ def test_masks_from_alpha_and_file_follow_the_picture(tmp_path: Path) -> None:
     )
     assert plain.num_images == 3
     a, b, c = (plain[i] for i in range(3))
-    assert a["mask"].shape == (8, 8)
-    assert a["mask"].dtype == np.float32
-    assert a["mask"][:, :4].min() == 1
-    assert a["mask"][:, 4:].max() == 0
-    assert np.array_equal(flipped[0]["mask"], a["mask"][:, ::-1])
+    assert a["loss_mask"].shape == (8, 8)
+    assert a["loss_mask"].dtype == np.float32
+    assert a["loss_mask"][:, :4].min() == 1
+    assert a["loss_mask"][:, 4:].max() == 0
+    assert np.array_equal(flipped[0]["loss_mask"], a["loss_mask"][:, ::-1])
     assert np.array_equal(flipped[0]["image"], a["image"][:, ::-1])
     assert a["image"][:, 4:].min() == 1.0  # white instead of the colour hidden under transparency
-    assert b["mask"].mean() == 0.25
-    assert c["mask"].min() == 1
-    assert "mask" not in PersonalizedBase(tmp_path, size=8)[0]
+    assert b["loss_mask"].mean() == 0.25
+    assert c["loss_mask"].min() == 1
+    assert "loss_mask" not in PersonalizedBase(tmp_path, size=8)[0]
     picture(tmp_path / "b_mask.png", (4, 4), 255, "L")
     with pytest.raises(ValueError, match="make them the same"):
         PersonalizedBase(tmp_path, size=8, masks="file")[1]

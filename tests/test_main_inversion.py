@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,48 +11,15 @@ from PIL import Image
 
 from ldm.modules.embedding_io import read_embeddings
 from tests.conftest import END_TO_END
-from tests.tiny_models import TEXT_WEIGHTS, text_config
-from tests.tiny_run import assert_same_state, last_checkpoint, only_run, run_main, write_config
+from tests.tiny_inversion import inversion, words
+from tests.tiny_models import TEXT_WEIGHTS
+from tests.tiny_run import assert_same_state, last_checkpoint, only_run, run_main
 
-STEPS = 5
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def inversion(tmp_path: Path, **params: Any) -> Path:
-    """Config that learns '*' on the reference model; starts without -t."""
-    manager = {
-        "target": "ldm.modules.embedding_manager.EmbeddingManager",
-        "params": {"placeholder_strings": ["*"], "initializer_words": ["sculpture"]},
-    }
-    config = text_config()
-    config["model"]["params"] |= {"personalization_config": manager, "ckpt_path": str(TEXT_WEIGHTS), **params}
-    dataset = {"target": "ldm.data.personalized.PersonalizedBase", "params": {"size": 32, "repeats": 2}}
-    config["train"] = True
-    config["data"] = {
-        "target": "main.DataModuleFromConfig",
-        "params": {"batch_size": 2, "num_workers": 0, "train": dataset},
-    }
-    config["lightning"] = {
-        "modelcheckpoint": {"params": {"every_n_train_steps": 2}},
-        "callbacks": {"image_logger": {"params": {"disabled": True}}},
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "max_steps": STEPS},
-    }
-    return write_config(tmp_path / "inversion.yaml", config)
-
-
-def words(config: Path, tmp_path: Path) -> list[Any]:
-    return ["--base", config, "--data_root", END_TO_END / "images", "-l", tmp_path / "logs"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def learned(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of an undisturbed inversion."""
     folder = tmp_path_factory.mktemp("learned")
     run_main(*words(inversion(folder), folder))

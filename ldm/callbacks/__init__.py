@@ -3,6 +3,7 @@
 from pytorch_lightning.callbacks import LearningRateMonitor
 
 from ldm.callbacks.images import ImageLogger
+from ldm.callbacks.moments import MomentsCache
 from ldm.callbacks.saving import EmbeddingCheckpoint, LastCheckpoint, RunStopped, SafeCheckpointIO
 from ldm.callbacks.setup import ContactSheet, CUDACallback, ProgressBar, SetupCallback
 from ldm.callbacks.steps import GradientGuard, ModeSwapCallback, StepSeed
@@ -16,6 +17,7 @@ __all__ = [
     "LastCheckpoint",
     "LearningRateMonitor",
     "ModeSwapCallback",
+    "MomentsCache",
     "ProgressBar",
     "RunStopped",
     "SafeCheckpointIO",

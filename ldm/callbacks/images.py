@@ -79,6 +79,11 @@ class ImageLogger(pl.Callback):
         self.seconds = 0.0
         self.started = 0.0
 
+    @property
+    def needs_decoder(self) -> bool:
+        """Whether pictures will be drawn, so that the first stage's decoder must stay in memory."""
+        return not self.disabled
+
     # -- when ----------------------------------------------------------------------------------------------------
 
     def is_due(self, count: int) -> bool:

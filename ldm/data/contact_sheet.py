@@ -19,7 +19,7 @@ FONT_SIZE = 12
 
 
 def contact_sheet(dataset: Any, path: str | Path, count: int = 16, columns: int = 4, seed: int = 0) -> Path:
-    """Write the first `count` items of `dataset` (`image`, and `caption` and `mask` where present) as one PNG.
+    """Write the first `count` items of `dataset` (`image`, and `caption` and `loss_mask` where present) as one PNG.
 
     The run's random generators are left as they were. Where an item has a mask, what it hides is shown darker.
     """
@@ -56,8 +56,8 @@ def _drawable(text: str) -> str:
 
 def _tile(item: dict[str, Any], cell: int) -> Image.Image:
     tile = Image.fromarray(to_uint8(item["image"]))
-    if "mask" in item:
-        shade = Image.fromarray((255 * (0.35 + 0.65 * item["mask"])).astype("uint8"))
+    if "loss_mask" in item:
+        shade = Image.fromarray((255 * (0.35 + 0.65 * item["loss_mask"])).astype("uint8"))
         tile = Image.composite(tile, Image.new("RGB", tile.size), shade)
     scale = cell // max(tile.size)
     return tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.NEAREST)

@@ -207,9 +207,13 @@ class ImageLoader:
             p.resize(size, INTERPOLATIONS["nearest"] if nearest else filters) for p in rest
         ]
 
-    def finish(self, *images: Image.Image) -> list[Image.Image]:
-        """Flip all pictures or none, with probability `flip_p`; always draws one number."""
-        flip = torch.rand(1).item() < self.flip_p
+    def draw_flip(self) -> bool:
+        """Decide whether to flip, with probability `flip_p`; always draws one number."""
+        return torch.rand(1).item() < self.flip_p
+
+    def finish(self, *images: Image.Image, flip: bool | None = None) -> list[Image.Image]:
+        """Flip all pictures or none, as `flip` says or, without it, as drawn."""
+        flip = self.draw_flip() if flip is None else flip
         return [ImageOps.mirror(image) for image in images] if flip else list(images)
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:

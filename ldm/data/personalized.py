@@ -49,12 +49,13 @@ CACHE_BYTES = 256 * 2**20  # prepared pictures kept in memory, where they never 
 
 
 class PersonalizedBase(Dataset):
-    """Items are `image` (H, W, 3) float32 in [-1, 1], `caption`, and with `masks` also `mask` (H, W) in [0, 1].
+    """Items are `image` (H, W, 3) float32 in [-1, 1], `caption`, and with `masks` also `loss_mask` (H, W) in [0, 1].
 
     Item i shows picture i modulo their number. The caption is a random template with the placeholder filled in; with
     `per_image_tokens` it takes, with probability `mixing_prob`, a template with a second word that belongs to the
     single picture (paper, Section 5 "Per-image tokens"). Draws come from `random`, numpy and torch, as published,
-    unless `seed` ties them to the item.
+    unless `seed` ties them to the item. Once `moments` (N, 2, 2C, h, w) is set, what the first stage makes of each
+    picture and of its mirror image, items also have their picture's `moments` (2C, h, w) (see `moments_cache`).
     """
 
     template_set = "object"
@@ -112,6 +113,7 @@ class PersonalizedBase(Dataset):
         self.seed = seed
         self.templates, self.dual_templates = resolve_templates(templates, self.template_set)
         self.captions = None if captions is None else self._read_captions(captions)
+        self.moments: np.ndarray | None = None
         self._cache: dict[int, list[Image.Image]] = {}
         self._keeps_images = self.loader.is_deterministic and size is not None
         self._keeps_images &= self.num_images * (size or 0) ** 2 * (4 if masks else 3) <= CACHE_BYTES
@@ -122,13 +124,22 @@ class PersonalizedBase(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < self._length:
             raise IndexError(f"item {i} of {self._length}")
+        index = i % self.num_images
         with contextlib.nullcontext() if self.seed is None else seeded(self.seed, i):
             caption = self.caption(i)
-            image, *mask = self.loader.finish(*self._prepared(i % self.num_images))
+            planes = self._prepared(index)
+            flip = self.loader.draw_flip()
+        image, *mask = self.loader.finish(*planes, flip=flip)
         item = {"image": to_array(image), "caption": caption}
         if mask:
-            item["mask"] = np.asarray(mask[0], dtype=np.float32) / 255.0
+            item["loss_mask"] = np.asarray(mask[0], dtype=np.float32) / 255.0
+        if self.moments is not None:
+            item["moments"] = self.moments[index, int(flip)]
         return item
+
+    def version(self, index: int, flip: bool) -> np.ndarray:
+        """Return picture `index`, mirrored or not, as items show it, (H, W, 3); only where no cut is drawn."""
+        return to_array(self.loader.finish(*self._prepared(index)[:1], flip=flip)[0])
 
     def caption(self, i: int) -> str:
         """Draw a caption for item `i` (or return the picture's own, where captions were given)."""
