@@ -186,6 +186,10 @@ def test_a_text_just_fits(encoder, caplog):
     assert (ids[0, 1:-1] == encoder.word_ids("cat")[0]).all()
 
 
+def test_embed_takes_ids_from_any_device(encoder):
+    assert encoder.to("meta").embed(torch.tensor([1, 2])).is_meta
+
+
 @pytest.mark.parametrize("name", ["clip", "openclip", "minilm"])
 def test_frozen_conditioners_stay_frozen(name):
     model = nn.ModuleDict({"stage": BUILDERS[name]()}).train()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from ldm.modules.encoders.bert import VOCAB_FILE, WordPieceTokenizer
-from ldm.modules.encoders.clip import CLIPTokenizer
+from ldm.modules.encoders.clip_tokenizer import CLIPTokenizer
 from ldm.modules.encoders.modules import BERTEmbedder, BERTTokenizer, FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
 from ldm.modules.encoders.text import split_at_placeholders, text_to_ids
 from tests.conftest import END_TO_END
@@ -196,6 +196,11 @@ def test_any_string_can_be_a_placeholder(bert, clip):
 def test_text_is_cleaned_before_placeholders_are_matched(clip):
     assert clip.tokenize(["a &lt;my-cat&gt;"], {"<my-cat>": NEW})[0, 2] == NEW
     assert clip.tokenize(["a “cat”"], {"“cat”": NEW})[0, 2] == NEW
+
+
+def test_half_a_surrogate_pair_is_no_error(bert, clip):
+    for encoder in (bert, clip):
+        assert encoder.word_ids("a \ud83d cat") == encoder.word_ids("a ? cat")
 
 
 def test_accents_match_however_they_are_written(bert):

@@ -6,16 +6,14 @@ The modules carry Hugging Face's names (`text_model.encoder.layers.0.self_attn.q
 from __future__ import annotations
 
 import dataclasses
-import html
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.modules.encoders.clip_tokenizer import CLEANINGS, END_TOKEN_ID, CLIPTokenizer
 from ldm.modules.encoders.text import TextConditioner
 from ldm.util import check_params, freeze
 
@@ -51,81 +49,6 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
-
-
-CLEANINGS = ("ftfy", "ftfy+html", "nfc")
-
-
-@lru_cache(maxsize=1)
-def _open_clip_bpe() -> Any:
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer()
-
-
-class CLIPTokenizer:
-    """CLIP's byte-pair encoding, from the file that open_clip packages.
-
-    pad_token_id: 49407 (the end token) for SD 1.x, 0 for SD 2.x.
-    cleaning: "ftfy" repairs broken encodings and HTML entities, as SD 1.x was trained; "ftfy+html" then resolves
-        entities until none is left, as open_clip does; "nfc" only composes accents, as today's fast tokenizers do.
-    special_tokens: how the start and the end token are written in a text.
-    """
-
-    unk_token_id: int | None = None
-
-    def __init__(
-        self,
-        pad_token_id: int,
-        cleaning: str = "ftfy",
-        special_tokens: tuple[str, str] = ("<|startoftext|>", "<|endoftext|>"),
-    ) -> None:
-        import regex
-
-        if cleaning not in CLEANINGS:
-            raise ValueError(f"text cleaning {cleaning!r} is unknown; known: {', '.join(CLEANINGS)}")
-        self._bpe = _open_clip_bpe()
-        self._cleaning = cleaning
-        self.vocab_size: int = self._bpe.vocab_size
-        self.start_token_id: int = self._bpe.sot_token_id
-        self.end_token_id: int = self._bpe.eot_token_id
-        self.pad_token_id = pad_token_id
-        self._special = dict(zip(special_tokens, (self.start_token_id, self.end_token_id), strict=True))
-        # The text is lower case by then; ignoring case only lets U+017F count as an s, in the slow tokenizers.
-        flags = regex.IGNORECASE if cleaning != "nfc" else 0
-        words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\p{White_Space}\p{L}\p{N}]+"
-        self._pattern = regex.compile("|".join([*map(regex.escape, special_tokens), words]), flags)
-        self._space = regex.compile(r"\p{White_Space}+")
-
-    def clean(self, text: str) -> str:
-        """`text` repaired as `cleaning` says, white space collapsed."""
-        if self._cleaning == "nfc":
-            text = unicodedata.normalize("NFC", text)
-        else:
-            import ftfy
-
-            text = ftfy.fix_text(text)
-        if self._cleaning == "ftfy+html":
-            text = html.unescape(html.unescape(text))
-        return self._space.sub(" ", text).strip(" ")
-
-    def encode(self, text: str) -> list[int]:
-        """Byte-pair ids of cleaned `text`, in lower case."""
-        # Fast tokenizers lower each character on its own, which differs for a Greek word's last sigma.
-        text = "".join(map(str.lower, text)) if self._cleaning == "nfc" else text.lower()
-        bpe = self._bpe
-        ids: list[int] = []
-        for word in self._pattern.findall(text):
-            if word in self._special:
-                ids.append(self._special[word])
-                continue
-            symbols = "".join(bpe.byte_encoder[byte] for byte in word.encode("utf-8"))
-            ids.extend(bpe.encoder[part] for part in bpe.bpe(symbols).split(" "))
-        return ids
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of ids."""
-        return self._bpe.decode(list(token_ids))
 
 
 class CLIPAttention(nn.Module):
@@ -297,7 +220,7 @@ class FrozenCLIPEmbedder(TextConditioner):
         freeze(self)
 
     def _build_tokenizer(self) -> CLIPTokenizer:
-        return CLIPTokenizer(_open_clip_bpe().eot_token_id, self._cleaning)
+        return CLIPTokenizer(END_TOKEN_ID, self._cleaning)
 
     def token_table(self) -> nn.Embedding:
         """The vocabulary's embedding layer."""

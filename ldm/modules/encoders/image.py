@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.encoders.clip import CLIPTokenizer
+from ldm.modules.encoders.clip_tokenizer import CLIPTokenizer
 from ldm.modules.encoders.text import frame, text_to_ids
 from ldm.util import did_you_mean, freeze
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.encoders.clip import CLIPTokenizer
+from ldm.modules.encoders.clip_tokenizer import CLIPTokenizer
 from ldm.modules.encoders.text import TextConditioner
 from ldm.util import did_you_mean
 from ldm.util import freeze as freeze_module  # the constructor has a published parameter `freeze`

@@ -112,6 +112,7 @@ def text_to_ids(tokenizer: Tokenizer, text: str, placeholders: Mapping[str, int]
     names: dict[str, int] = {}
     for placeholder, token_id in (placeholders or {}).items():
         names.setdefault(tokenizer.clean(placeholder), token_id)
+    text = text.encode("utf-8", "replace").decode()  # halves of surrogate pairs, which no tokenizer takes
     ids: list[int] = []
     for piece in split_at_placeholders(tokenizer.clean(text), names):
         if piece.placeholder is None:
@@ -236,8 +237,10 @@ class TextConditioner(nn.Module):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Vocabulary rows (..., D) of token ids (...), without positions; ids outside the vocabulary give zeros."""
+        table = self.token_table()
+        token_ids = token_ids.to(table.weight.device)
         inside = token_ids < self.vocab_size
-        rows = self.token_table()(token_ids.clamp(max=self.vocab_size - 1))  # (..., D)
+        rows = table(token_ids.clamp(max=self.vocab_size - 1))  # (..., D)
         return rows * inside.unsqueeze(-1).to(rows.dtype)
 
     def encode(
