@@ -37,6 +37,8 @@ examples:
     python main.py --base CONFIG.yaml -t model.base_learning_rate=1e-4 data.params.batch_size=8
   go on with a run that was stopped (directory or checkpoint file):
     python main.py -r logs/imgs2025-01-31T12-00-00_finetune -t
+  learn a word for each of several things in one run:
+    python main.py --base configs/finetune.yaml --data_root ./cat --data_root ./clock --init_word cat --init_word clock
   two processes on the CPU:
     python main.py --base CONFIG.yaml -t --accelerator cpu --devices 2 --strategy ddp
 
@@ -134,9 +136,14 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and data (they win over the config)")
     group.add_argument("--ckpt_path", "--actual_resume", dest="ckpt_path", metavar="CKPT",
                        help="base weights to start from (model.params.ckpt_path)")  # fmt: skip
-    group.add_argument("--data_root", action="append", metavar="DIR", help="folder of pictures")
-    group.add_argument("--placeholder_string", metavar="WORD", help="the word to learn, in model and captions")
-    group.add_argument("--init_word", metavar="WORD", help="word that the new one starts from")
+    group.add_argument("--data_root", action="append", metavar="DIR",
+                       help="folder of pictures; once for each concept, which gets its own word")  # fmt: skip
+    group.add_argument("--concepts", action="store_true", help="each folder inside --data_root is a concept of its own")
+    group.add_argument("--placeholder_string", action="append", metavar="WORD",
+                       help="the word to learn, in model and captions (several concepts: one for each; "
+                       "default: <folder name>)")  # fmt: skip
+    group.add_argument("--init_word", action="append", metavar="WORD",
+                       help="word that the new one starts from (several concepts: one for each or one)")  # fmt: skip
     group.add_argument("--embedding_manager_ckpt", metavar="PT", help="learned vectors to start from")
 
 

@@ -18,13 +18,12 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.util import ConfigError, did_you_mean, get_obj_from_str, parameter_names
+from ldm.run_flags import apply_flags, parameters_of
+from ldm.util import ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
 
 TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
-DEFAULT_SEED = 23
-DEFAULT_PLACEHOLDER = "*"
 SECTIONS = {
     "": ("model", "data", "lightning", "train", "seed", "scale_lr"),
     "model": ("target", "params", "base_learning_rate"),
@@ -38,7 +37,6 @@ SECTIONS = {
         "find_unused_parameters",
     ),
 }
-SPLITS = ("train", "validation", "test", "predict")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,77 +254,3 @@ def _known_keys(config: DictConfig, where: str, node: DictConfig) -> list[str] |
         return keys
     accepted = parameters_of(target)
     return None if accepted is None else [*keys, *accepted]
-
-
-def parameters_of(target: str) -> list[str] | None:
-    """Names of the parameters that a `target:` takes; None when nothing is known about them."""
-    return parameter_names(get_obj_from_str(target))
-
-
-# -------------------------------------------------------------------------------------------------------- flags
-
-
-def apply_flags(config: DictConfig, args: Namespace) -> None:
-    """Write the flags about model and data into `config`, where a resumed run finds them again."""
-    config.seed = config.get("seed", DEFAULT_SEED) if args.seed is None else args.seed
-    config.scale_lr = config.get("scale_lr", True) if args.scale_lr is None else args.scale_lr
-    if args.ckpt_path:
-        _set_model_param(config, "ckpt_path", args.ckpt_path, "--ckpt_path")
-    if args.embedding_manager_ckpt:
-        _set_model_param(config, "embedding_manager_ckpt", args.embedding_manager_ckpt, "--embedding_manager_ckpt")
-    if args.data_root:
-        _apply_data_roots(config, args.data_root)
-    _apply_words(config, args)
-
-
-def _apply_data_roots(config: DictConfig, roots: list[str]) -> None:
-    """One folder goes to `data_root` of the data sets, several go to `data_roots` of those that take them."""
-    name, value = ("data_root", roots[0]) if len(roots) == 1 else ("data_roots", list(roots))
-    if not _set_data_param(config, name, value):
-        raise ValueError(f"--data_root {' '.join(roots)}: no data set of this config takes a '{name}'")
-
-
-def _set_model_param(config: DictConfig, name: str, value: Any, flag: str) -> None:
-    accepted = parameters_of(config.model.target)
-    if accepted is not None and name not in accepted:
-        raise ValueError(f"{flag}: {config.model.target} takes no '{name}'")
-    OmegaConf.update(config, f"model.params.{name}", value, force_add=True)
-
-
-def _set_data_param(config: DictConfig, name: str, value: Any, overwrite: bool = True) -> bool:
-    """Set a parameter of every data set that takes it; returns whether any did."""
-    found = False
-    for split in SPLITS:
-        target = OmegaConf.select(config, f"data.params.{split}.target")
-        accepted = parameters_of(target) if target else []
-        if accepted is None or name in accepted:
-            path = f"data.params.{split}.params.{name}"
-            if overwrite or OmegaConf.select(config, path) is None:
-                OmegaConf.update(config, path, value, force_add=True)
-            found = True
-    return found
-
-
-def _apply_words(config: DictConfig, args: Namespace) -> None:
-    """Give the word to learn to the embedding manager and to the captions from one source."""
-    section = "model.params.personalization_config.params"
-    manager = OmegaConf.select(config, "model.params.personalization_config")
-    if manager is None:
-        for flag in ("placeholder_string", "init_word"):
-            if getattr(args, flag) is not None:
-                raise ValueError(f"--{flag}: this config has no model.params.personalization_config to learn a word")
-        return
-    if args.placeholder_string is not None:
-        OmegaConf.update(config, f"{section}.placeholder_strings", [args.placeholder_string], force_add=True)
-        _set_data_param(config, "placeholder_token", args.placeholder_string)
-    if args.init_word is not None:
-        OmegaConf.update(config, f"{section}.initializer_words", [args.init_word], force_add=True)
-    words = OmegaConf.select(config, f"{section}.placeholder_strings") or [DEFAULT_PLACEHOLDER]
-    _set_data_param(config, "placeholder_token", words[0], overwrite=False)
-    for split in SPLITS:
-        token = OmegaConf.select(config, f"data.params.{split}.params.placeholder_token")
-        if token is not None and token not in words:
-            raise ConfigError(
-                f"data.params.{split}.params.placeholder_token is '{token}' but the model learns {list(words)}: "
-                "set one word for both with --placeholder_string"
-            )

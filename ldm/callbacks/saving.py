@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,10 +20,12 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ldm.callbacks.steps import require_finite, trained_vectors
 from ldm.checkpoint import open_checkpoint, save_safely
+from ldm.data.templates import per_img_token_list
 
 log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
+RESERVED = ("best",)  # embeddings_best.pt is another file
 
 
 class RunStopped(Exception):  # noqa: N818 - not an error: the user asked for it
@@ -168,7 +172,8 @@ class LastCheckpoint(Checkpoint):
 class EmbeddingCheckpoint(pl.Callback):
     """Saves the learned vectors: `embeddings_gs-N.pt` every N steps, `embeddings.pt` always the newest of them.
 
-    N counts completed steps. Vectors that are not finite are never saved.
+    N counts completed steps. Vectors that are not finite are never saved. Of several concepts each also has the newest
+    of its own in `embeddings_<word>.pt`.
     """
 
     def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500) -> None:
@@ -214,3 +219,16 @@ class EmbeddingCheckpoint(pl.Callback):
         manager: Any = pl_module.embedding_manager
         for name in (f"embeddings_gs-{step}.pt", "embeddings.pt")[0 if numbered else 1 :]:
             manager.save(self.dirpath / name, {"step": step})
+        for word, name in concept_files(manager.placeholders).items():
+            manager.save(self.dirpath / name, {"step": step}, [word])
+
+
+def concept_files(words: Iterable[str]) -> dict[str, str]:
+    """File name of each concept's word where there are several: "<my cat>" gives `embeddings_my-cat.pt`."""
+    concepts = [word for word in words if word not in per_img_token_list]
+    files: dict[str, str] = {}
+    for number, word in enumerate(concepts if len(concepts) > 1 else (), start=1):
+        name = re.sub(r"[^\w-]+", "-", word).strip("-") or "word"
+        taken = name in RESERVED or name.startswith("gs-") or f"embeddings_{name}.pt" in files.values()
+        files[word] = f"embeddings_{name}-{number}.pt" if taken or name == "word" else f"embeddings_{name}.pt"
+    return files

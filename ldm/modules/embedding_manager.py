@@ -304,11 +304,18 @@ class EmbeddingManager(nn.Module):
 
     # --- files ------------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path, info: Mapping[str, str | int | float] | None = None) -> None:
-        """Write all placeholders in the published layout, with further scalars such as {"step": 500}."""
-        vectors = {name: self.string_to_param_dict[name].detach() for name in self._ids}
-        active = {name: self.active(name) for name in self._ids}
-        write_embeddings(EmbeddingFile(vectors, dict(self._ids), active, dict(self.init_words), dict(info or {})), path)
+    def save(
+        self,
+        path: str | Path,
+        info: Mapping[str, str | int | float] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """Write all placeholders, or those of `names`, in the published layout, with scalars such as {"step": 500}."""
+        ids = {name: token_id for name, token_id in self._ids.items() if names is None or name in names}
+        vectors = {name: self.string_to_param_dict[name].detach() for name in ids}
+        active = {name: self.active(name) for name in ids}
+        init_words = {name: word for name, word in self.init_words.items() if name in ids}
+        write_embeddings(EmbeddingFile(vectors, ids, active, init_words, dict(info or {})), path)
 
     def load(
         self, path: str | Path, add: bool = False, rename: Mapping[str, str] | None = None, strength: float = 1.0
