@@ -4,7 +4,7 @@ Writes the folder that `ldm.data.latents.PrecomputedLatents` reads: posterior mo
 at every step) and captions. Only 32-bit weights and eval mode are used; the same input gives the same folder.
 
 Example:
-    python scripts/encode_latents.py --config configs/emoji/autoencoder_kl_f8.yaml \\
+    python scripts/encode_latents.py --config configs/emoji/autoencoder_kl_f4.yaml \\
         --ckpt_path data/emoji/autoencoder.safetensors --data train --out data/emoji/latents
 """
 

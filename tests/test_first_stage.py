@@ -426,3 +426,17 @@ def test_psnr_in_decibels() -> None:
     x = torch.zeros(2, 3, 4, 4)
     assert psnr(x, x + 0.2).item() == pytest.approx(20.0, abs=1e-3)
     assert psnr(x + 1.0, x + 3.0).item() == pytest.approx(100.0 + 10 * np.log10(4), abs=1e-3)
+
+
+def test_folding_only_rearranges_the_latent():
+    ddconfig = {"ch": 32, "num_res_blocks": 1, "ch_mult": [1, 1], "in_channels": 3, "resolution": 16, "z_channels": 4}
+    config = {"ddconfig": ddconfig, "lossconfig": {"target": "torch.nn.Identity"}, "embed_dim": 4}
+    plain, folded = AutoencoderKL(**config), AutoencoderKL(**config, fold=2)
+    folded.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        posterior = folded.encode(x)
+        assert posterior.mean.shape == (2, 16, 4, 4)
+        expected = torch.nn.functional.pixel_unshuffle(plain.encode(x).mean, 2)
+        assert_close(posterior.mean, expected)
+        assert_close(folded.decode(posterior.mean), plain.decode(plain.encode(x).mean))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.first_stage import FirstStage, full_precision
@@ -29,6 +30,7 @@ class AutoencoderKL(FirstStage):
         monitor: str | None = None,  # logged value that names the best checkpoint
         scheduler_config: Mapping[str, Any] | None = None,  # factor on the learning rate by step
         use_ema: bool = False,
+        fold: int = 1,  # fold x fold neighbours of the latent become channels: smaller latents at the same capacity
     ) -> None:
         super().__init__(
             ddconfig,
@@ -41,17 +43,22 @@ class AutoencoderKL(FirstStage):
         if not ddconfig.get("double_z", True):
             raise ValueError("ddconfig.double_z is false; AutoencoderKL needs mean and log variance (double_z: true)")
         self.embed_dim = embed_dim
+        self.fold = fold
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         self.finish(lossconfig, ckpt_path, ignore_keys)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """Posterior over latents (B, embed_dim, h, w) of pictures (B, C, H, W)."""
+        """Posterior over latents (B, embed_dim * fold^2, h / fold, w / fold) of pictures (B, C, H, W)."""
         moments = self.quant_conv(self.encoder(x))  # (B, 2 * embed_dim, h, w)
+        if self.fold > 1:  # means and log variances stay the two halves, since channels keep their order
+            moments = F.pixel_unshuffle(moments, self.fold)  # (B, 2 * embed_dim * fold^2, h / fold, w / fold)
         return DiagonalGaussianDistribution(full_precision(moments))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, embed_dim, h, w) -> pictures (B, C, H, W)."""
+        """Latents (B, embed_dim * fold^2, h / fold, w / fold) -> pictures (B, C, H, W)."""
+        if self.fold > 1:
+            z = F.pixel_shuffle(z, self.fold)  # (B, embed_dim, h, w)
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
