@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+os.environ.setdefault("LDM_TRUSTED_PACKAGES", "tests")  # configs of tests name classes of tests
+
 DATA = Path(__file__).parent / "data"
 GOLDEN = Path(os.environ.get("LDM_GOLDEN_DIR", DATA / "golden"))
 END_TO_END = DATA / "end_to_end"

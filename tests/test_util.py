@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
+import pickle
 from typing import Any
 
 import pytest
@@ -25,6 +27,28 @@ class Child(Base):
 
 
 HERE = f"{__name__}."
+
+
+@pytest.fixture(autouse=True)
+def _trust_the_targets_of_these_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDM_TRUSTED_PACKAGES", "tests, types, datetime, no, torch.no")
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "subprocess.run", "builtins.exec", "torch.hub.load", "ldm.util.DictConfig"]
+)
+def test_a_config_cannot_call_any_function(target: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LDM_TRUSTED_PACKAGES")
+    with pytest.raises(ConfigError, match="in no package that configs may use.*LDM_TRUSTED_PACKAGES"):
+        instantiate_from_config({"target": target, "params": {"command": "true"}})
+
+
+def test_a_frozen_module_stays_in_eval_also_as_a_copy():
+    copied = copy.deepcopy(freeze(nn.Sequential(nn.Dropout(), nn.Linear(2, 2))))
+    pickled = pickle.loads(pickle.dumps(copied))
+    for module in (copied, pickled):
+        nn.Sequential(module).train()
+        assert not any(part.training for part in module.modules())
 
 
 def test_params_become_plain_containers_and_extra_wins():
