@@ -165,7 +165,10 @@ def test_damaged_samples_are_named_or_skipped(tmp_path: Path, caplog: pytest.Log
     assert list(WebDatasetPictures(shard, shuffle=0, on_error="skip")) == []
 
 
-def test_shard_patterns(tmp_path: Path) -> None:
+def test_shard_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="is a shell command; set LDM_ALLOW_PIPE=1"):
+        expand_shards("pipe:touch harm")
+    monkeypatch.setenv("LDM_ALLOW_PIPE", "1")
     assert expand_shards(["pipe:cat a{00..02}.tar", "http://h/x.tar"])[:3] == [f"pipe:cat a0{i}.tar" for i in range(3)]
     with pytest.raises(FileNotFoundError, match="2 of 2 shards"):
         expand_shards(str(tmp_path / "{0..1}.tar"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import random
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from ldm.data.seeding import derive_seed, seeded
 log = logging.getLogger(__name__)
 
 Raw = dict[str, Any]  # "__key__", "__url__", and bytes by file ending
+PIPE_VARIABLE = "LDM_ALLOW_PIPE"
 ON_ERROR = ("raise", "skip")
 
 
@@ -213,12 +215,16 @@ def text_of(raw: Raw, endings: str) -> str:
 def expand_shards(shards: str | Sequence[str]) -> list[str]:
     """Return every shard that paths or URLs with {000..123} parts name.
 
-    Raises `FileNotFoundError` for local files that are not there.
+    Raises `FileNotFoundError` for local files that are not there, and `ValueError` for `pipe:` shards, which are shell
+    commands, unless the environment variable `LDM_ALLOW_PIPE=1` says that the config is trusted.
     """
     from webdataset.shardlists import expand_urls
 
     patterns = [shards] if isinstance(shards, str) else list(shards)
     found = [shard for pattern in patterns for shard in expand_urls(pattern)]
+    pipes = [shard for shard in found if shard.startswith("pipe:")]
+    if pipes and os.environ.get(PIPE_VARIABLE) != "1":
+        raise ValueError(f"shard '{pipes[0]}' is a shell command; set {PIPE_VARIABLE}=1 if you trust the config")
     local = [shard for shard in found if ":" not in shard]
     missing = [shard for shard in local if not Path(shard).is_file()]
     if missing:
