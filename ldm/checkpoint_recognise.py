@@ -224,7 +224,14 @@ def _recognise_small(shapes: Shapes) -> ModelInfo:
     if not shapes:
         return ModelInfo("empty", "", "holds no tensors")
     if tops == {"embedding_manager"}:
-        return ModelInfo("inversion", "", "is an inversion's own checkpoint, which has the learned words alone")
+        return ModelInfo(
+            "inversion",
+            "",
+            (
+                "is an inversion's own checkpoint with the learned words alone; name the base model's file, "
+                "and the words' embeddings.pt as --embedding_path"
+            ),
+        )
     if any(key.startswith("lora_") or ".lora_" in key or "lora_A" in key for key in shapes):
         return ModelInfo("lora", "", "is a LoRA, which changes a model and is none itself")
     if tops & _EMBEDDING_KEYS or all(len(shape) in (1, 2) for shape in shapes.values()) and len(shapes) <= 2:
