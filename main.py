@@ -73,7 +73,7 @@ TRAINER_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("devices", devices, "how many devices (2), which ones (0,1), or auto (default: 1)"),
     ("num_nodes", int, "number of machines"),
     ("strategy", str, "ddp, ... (default: one process, or ddp for several devices)"),
-    ("precision", str, "32-true, bf16-mixed or 16-mixed"),
+    ("precision", str, "32-true, bf16-mixed or 16-mixed; to learn words also bf16-true, 16-true"),
     ("max_steps", int, "stop after this many optimiser steps"),
     ("min_steps", int, "do not stop earlier"),
     ("max_epochs", int, "stop after this many epochs"),

@@ -14,7 +14,10 @@ from ldm.resources import resource_root
 
 DEFAULT_MODEL = "models/ldm/emoji64"
 PRECISIONS = ("full", "autocast", "half")
-WEIGHT_FILES = ("model.safetensors", "model.ckpt", "checkpoints/last.ckpt", "last.ckpt")
+WEIGHT_FILES = (
+    *("model.safetensors", "model.ckpt"),
+    *("checkpoints/model.safetensors", "checkpoints/last.ckpt", "last.ckpt"),  # of a run that trained a model
+)
 
 
 def select_device(name: str = "auto") -> torch.device:

@@ -21,6 +21,7 @@ from pytorch_lightning.utilities.warnings import PossibleUserWarning
 from ldm import callbacks as cb
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.run import RunPlan, parameters_of
+from ldm.training_precision import use_half_weights
 from ldm.util import (
     ConfigError,
     check_params,
@@ -47,6 +48,7 @@ CALLBACKS: dict[str, str] = {
     "gradient_guard": "ldm.callbacks.GradientGuard",
     "mode_swap_callback": "ldm.callbacks.ModeSwapCallback",
     "moments_cache": "ldm.callbacks.MomentsCache",
+    "model_weights": "ldm.callbacks.ModelWeights",
     "metrics_over_trainsteps_checkpoint": "pytorch_lightning.callbacks.ModelCheckpoint",
 }
 # Lightning leaves these to the model when it steps its optimisers itself.
@@ -128,6 +130,7 @@ def build_trainer(plan: RunPlan, model: pl.LightningModule) -> pl.Trainer:
     options.setdefault("use_distributed_sampler", False)
     options["strategy"] = choose_strategy(plan, options, model)
     options["plugins"] = [cb.SafeCheckpointIO(), *_as_list(options.get("plugins"))]
+    use_half_weights(options, model)
     if options.get("logger", True) is True:
         options["logger"] = build_loggers(plan)
     options["callbacks"] = build_callbacks(plan, model, options)
@@ -271,6 +274,8 @@ def _saving_callbacks(plan: RunPlan, model: pl.LightningModule, every: int | Non
         saving["embedding_checkpoint"] = {"dirpath": plan.checkpoint_dir, "every_n_train_steps": every or 500}
         if getattr(model, "inverts", False):
             saving["gradient_guard"] = {}
+        else:
+            saving["model_weights"] = {"dirpath": plan.checkpoint_dir, "config": plan.config}
     return saving
 
 
@@ -335,6 +340,8 @@ def set_learning_rate(plan: RunPlan, model: pl.LightningModule, trainer: pl.Trai
         )  # fmt: skip
     else:
         log.info("Learning rate %.3g (base rate, not scaled)", rate)
+    if getattr(model, "unfreeze_model", False):
+        log.info("Learning rate of the model itself %.3g (model_lr, not scaled)", model.model_lr)
     model.learning_rate = rate  # type: ignore[assignment]
 
 

@@ -7,6 +7,7 @@ from ldm.callbacks.moments import MomentsCache
 from ldm.callbacks.saving import EmbeddingCheckpoint, LastCheckpoint, RunStopped, SafeCheckpointIO
 from ldm.callbacks.setup import ContactSheet, CUDACallback, ProgressBar, SetupCallback
 from ldm.callbacks.steps import GradientGuard, ModeSwapCallback, StepSeed
+from ldm.callbacks.weights import ModelWeights
 
 __all__ = [
     "ContactSheet",
@@ -17,6 +18,7 @@ __all__ = [
     "LastCheckpoint",
     "LearningRateMonitor",
     "ModeSwapCallback",
+    "ModelWeights",
     "MomentsCache",
     "ProgressBar",
     "RunStopped",
