@@ -86,7 +86,10 @@ def _quieten() -> None:
         logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
-    for remark in (".*treespec.*", "Checkpoint directory .* exists and is not empty"):
+    for remark in (
+        *(".*treespec.*", "Checkpoint directory .* exists and is not empty"),
+        "The dirpath has changed",  # the run directory was moved; checkpoints are sought where it is now
+    ):
         warnings.filterwarnings("ignore", message=remark)
 
 

@@ -22,6 +22,8 @@ from ldm.checkpoint import CheckpointError
 class Manager(nn.Module):
     """Stands for an embedding manager: one vector, a file format."""
 
+    placeholders = ("*",)
+
     def __init__(self) -> None:
         super().__init__()
         self.vector = nn.Parameter(torch.ones(3))

@@ -99,11 +99,12 @@ class GradientGuard(pl.Callback):
         super().__init__()
         self.every_n_steps = every_n_steps
         self.initial: list[Tensor] | None = None
+        self.first_step = 0
         self.checked = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the vectors."""
-        del trainer
+        self.first_step = trainer.global_step
         self.initial = [p.detach().clone() for p in trained_vectors(pl_module)]
         self.checked = False
         if not self.initial:
@@ -141,8 +142,8 @@ class GradientGuard(pl.Callback):
             return
         vectors = list(trained_vectors(pl_module))
         require_finite(vectors, step)
-        if self.checked or step == 0 or self.initial is None:
-            return
+        if self.checked or step == self.first_step or self.initial is None:
+            return  # looked at before, or gradients of the first step are still being accumulated
         rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         moved = any(not torch.equal(a, b) for a, b in zip(self.initial, vectors, strict=True))
