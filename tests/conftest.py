@@ -13,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in two processes, each on its own core
 os.environ.setdefault("LDM_TRUSTED_PACKAGES", "tests")  # configs of tests name classes of tests
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = Path(os.environ.get("LDM_GOLDEN_DIR", DATA / "golden"))
