@@ -68,14 +68,18 @@ class ImageEncoder(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.project = nn.Linear(inner, embed_dim, bias=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Embed pictures (B, 3, H, W) as vectors (B, D) of any length."""
+    def features(self, images: Tensor) -> Tensor:
+        """What the last level finds in pictures (B, 3, H, W): (B, C)."""
         B, _, H, W = images.shape
         across = torch.linspace(-1, 1, W, device=images.device, dtype=images.dtype).expand(B, 1, H, W)
         down = torch.linspace(-1, 1, H, device=images.device, dtype=images.dtype)[:, None].expand(B, 1, H, W)
         x = torch.cat([images, across, down], dim=1)  # (B, 5, H, W)
-        x = self.layers(F.relu(self.norm(self.stem(x))))  # (B, C, h, w)
-        return self.project(x.mean((2, 3)))  # (B, D)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.layers(F.relu(self.norm(self.stem(x)))).mean((2, 3))  # (B, C)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed pictures (B, 3, H, W) as vectors (B, D) of any length."""
+        return self.project(self.features(images))
 
 
 class TextEncoder(nn.Module):
@@ -120,7 +124,7 @@ class Scorer(nn.Module):
         self,
         embed_dim: int = 256,
         image_size: int = 64,
-        widths: Sequence[int] = (32, 64, 160, 320),
+        widths: Sequence[int] = (32, 64, 128, 256),
         depths: Sequence[int] = (0, 1, 2, 2),
         vocab_size: int = 1,
         text_width: int = 192,

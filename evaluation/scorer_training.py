@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import logging
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evaluation.scorer import (
@@ -47,29 +48,39 @@ CHECKPOINT = "last.pt"
 LOG_EVERY = 20
 SCENE_PHRASES = {scene: words for words, scene in SCENES.items()}
 PAIR_TEMPERATURE = 0.1
+HARD_WORDS = re.compile(r"\b(two|three|small|left|right|top|bottom)\b")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    """How to train.
+    """How to train: first names of what is shown, on pictures of half the size; then everything.
 
-    steps: optimiser steps in all; the learning rate falls to zero over the last `decay` of them.
-    objects: objects per batch; each comes in two pictures.
-    lr, weight_decay, warmup: of AdamW.
-    label_weight, pair_weight: of the loss on label names and of the loss on pairs, beside 1 for CLIP's.
+    Backgrounds are learned at once and objects slowly, so the picture encoder starts with what teaches objects
+    soonest: large objects on their own, linear classifiers instead of texts, many pictures for little computation.
+
+    steps: optimiser steps in all; the learning rate falls to zero over the last `decay` of the caption steps.
+    name_steps, name_batch: steps and batch of the first part; its first `easy_steps` show large single objects only.
+    objects: objects per batch of the second part; each comes in two pictures.
+    name_lr, lr, weight_decay, warmup: of AdamW, the learning rates of the two parts.
+    label_weight, pair_weight, head_weight: of the losses on label names, pairs and classifiers, beside 1 for CLIP's.
     word_dropout: share of caption words replaced by the unknown word, so that those of user prompts do no harm.
     clean: share of batches that are not disturbed.
     bf16: encode in bfloat16, twice as fast on processors that have it.
     """
 
-    steps: int = 3000
+    steps: int = 4000
+    name_steps: int = 1600
+    easy_steps: int = 600
+    name_batch: int = 192
     objects: int = 64
+    name_lr: float = 3e-3
     lr: float = 1.5e-3
     weight_decay: float = 0.05
     warmup: int = 100
-    decay: float = 0.4
+    decay: float = 0.5
     label_weight: float = 0.5
     pair_weight: float = 0.5
+    head_weight: float = 0.5
     word_dropout: float = 0.04
     clean: float = 0.15
     bf16: bool = True
@@ -88,41 +99,59 @@ def vocabulary(tokenizer: Any, names: Sequence[str]) -> Tensor:
 
 
 class Batches:
-    """Batches of two pictures of each of some objects; batch k depends on (seed, k) only."""
+    """Batches of pictures; batch k depends on (seed, k) only."""
 
     def __init__(self, scorer: Scorer, pictures: Pictures, options: TrainOptions) -> None:
         self.scorer, self.pictures, self.options = scorer, pictures, options
         by_name: dict[str, list[int]] = {}
         for row, name in enumerate(pictures.names):
             by_name.setdefault(name, []).append(row)
-        self.by_name = {name: rows for name, rows in by_name.items() if len(rows) > 1}
-        self.names = list(self.by_name)
+        self.names = sorted(by_name)
+        self.pairable = {i: rows for i, name in enumerate(self.names) if len(rows := by_name[name]) > 1}
         self.tokens, self.keep = scorer.tokenize(pictures.captions)
-        self.style_of = {style: i for i, style in enumerate(STYLES)}
-        self.background_of = {code: i for i, code in enumerate(BACKGROUNDS)}
+        classes = (self.names, list(STYLES), list(BACKGROUNDS))
+        self.classes = tuple(len(c) for c in classes)
+        index = [{name: i for i, name in enumerate(c)} for c in classes]
+        shown = (pictures.names, pictures.styles, pictures.backgrounds)
+        columns = [[of.get(name, -1) for name in names] for of, names in zip(index, shown, strict=True)]
+        self.labels = torch.tensor(columns).T  # (N, 3): object, style, background; -1: none of the classes
+        captions = enumerate(zip(pictures.captions, pictures.others, strict=True))
+        self.easy = np.array([i for i, (c, other) in captions if not other and not HARD_WORDS.search(c)])
 
     def draw(self, step: int) -> dict[str, Any]:
-        """Pictures (2 P, 3, S, S), captions as tokens, and labels; pictures i and P + i show the same object."""
-        o = self.options
-        rng = np.random.default_rng([o.seed, step])
+        """The batch of a step: `images`, `labels`, and from step `name_steps` on what the captions' losses need."""
+        rng = np.random.default_rng([self.options.seed, step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        count = min(o.objects, len(self.names))
-        names = [self.names[i] for i in rng.choice(len(self.names), count, replace=False)]
-        pairs = np.array([rng.choice(self.by_name[name], 2, replace=False) for name in names])
-        rows = pairs.T.reshape(-1)  # (2 P,)
-        images = self.pictures.images(rows)
-        if rng.random() >= o.clean:
-            images = disturb(images, generator)
+        if step < self.options.name_steps:
+            return self._named(step < self.options.easy_steps, rng, generator)
+        return self._captioned(rng, generator)
+
+    def _named(self, easy: bool, rng: np.random.Generator, generator: torch.Generator) -> dict[str, Any]:
+        """Pictures (B, 3, S / 2, S / 2) and their labels (B, 3)."""
+        rows = rng.choice(self.easy if easy else len(self.pictures), self.options.name_batch)
+        images = F.avg_pool2d(self.pictures.images(rows), 2)
+        return {"images": self._disturbed(images, rng, generator, 0.5 if easy else 1.0), "labels": self.labels[rows]}
+
+    def _captioned(self, rng: np.random.Generator, generator: torch.Generator) -> dict[str, Any]:
+        """Pictures (2 P, 3, S, S), of which i and P + i show one object, captions, and prompts with their labels."""
+        count = min(self.options.objects, len(self.pairable))
+        objects = rng.choice(list(self.pairable), count, replace=False)
+        rows = np.array([rng.choice(self.pairable[i], 2, replace=False) for i in objects]).T.reshape(-1)  # (2 P,)
+        images = self._disturbed(self.pictures.images(rows), rng, generator)
         keep = self.keep[rows]
         length = int(keep.sum(1).max())
         tokens = self.tokens[rows][:, :length].clone()
-        tokens[torch.rand(tokens.shape, generator=generator) < o.word_dropout] = UNKNOWN
-        p = self.pictures
-        labels = [[i, self.style_of[p.styles[r]], self.background_of.get(p.backgrounds[r], -1)]
-                  for i, r in zip([*range(count)] * 2, rows, strict=True)]  # fmt: skip
-        prompts = self._prompts(names, rng)
-        return {"images": images, "tokens": tokens, "keep": keep[:, :length], "labels": torch.tensor(labels),
-                "prompts": self.scorer.tokenize(prompts), "counts": (count, len(STYLES), len(BACKGROUNDS))}  # fmt: skip
+        tokens[torch.rand(tokens.shape, generator=generator) < self.options.word_dropout] = UNKNOWN
+        labels = self.labels[rows]
+        prompt_labels = torch.cat([torch.arange(count).repeat(2)[:, None], labels[:, 1:]], dim=1)
+        prompts = self.scorer.tokenize(self._prompts([self.names[i] for i in objects], rng))
+        return {"images": images, "labels": labels, "tokens": tokens, "keep": keep[:, :length], "prompts": prompts,
+                "prompt_labels": prompt_labels, "counts": (count, *self.classes[1:])}  # fmt: skip
+
+    def _disturbed(
+        self, images: Tensor, rng: np.random.Generator, generator: torch.Generator, strength: float = 1.0
+    ) -> Tensor:
+        return images if rng.random() < self.options.clean else disturb(images, generator, strength)
 
     def _prompts(self, names: Sequence[str], rng: np.random.Generator) -> list[str]:
         """One prompt per object, style and background, from templates drawn at random."""
@@ -139,21 +168,42 @@ class Batches:
         ]
 
 
-def losses(scorer: Scorer, batch: dict[str, Any], options: TrainOptions) -> dict[str, Tensor]:
-    """The loss and its parts: `clip` (captions), `label` (names of object, style and background), `pair`."""
+def losses(scorer: Scorer, heads: nn.Linear, batch: dict[str, Any], options: TrainOptions) -> dict[str, Tensor]:
+    """The loss and its parts.
+
+    `heads` (linear classifiers of object, style and background) alone in the first part of the training; `clip`
+    (captions), `label` (prompts of object, style and background) and `pair` too in the second.
+    """
+    with torch.autocast(batch["images"].device.type, torch.bfloat16, enabled=options.bf16):
+        features = scorer.image_encoder.features(batch["images"])  # (B, C)
+        logits = heads(features).float()  # (B, classes of all kinds)
+    classes = (logits.shape[1] - len(STYLES) - len(BACKGROUNDS), len(STYLES), len(BACKGROUNDS))
+    kinds = zip(logits.split(classes, dim=1), batch["labels"].unbind(1), (1.0, 0.5, 0.3), strict=True)
+    classified = sum((weight * _cross_entropy(scores, labels) for scores, labels, weight in kinds), torch.zeros(()))
+    if "tokens" not in batch:
+        return {"loss": classified, "heads": classified}
+    parts = {"heads": classified, **_language_losses(scorer, features, batch, options)}
+    weights = {"heads": options.head_weight, "label": options.label_weight, "pair": options.pair_weight, "clip": 1.0}
+    return {"loss": sum((weights[k] * v for k, v in parts.items()), torch.zeros(())), **parts}
+
+
+def _language_losses(
+    scorer: Scorer, features: Tensor, batch: dict[str, Any], options: TrainOptions
+) -> dict[str, Tensor]:
     from open_clip.loss import ClipLoss
 
     scale = scorer.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-    with torch.autocast(batch["images"].device.type, torch.bfloat16, enabled=options.bf16):  # cosines stay float32
-        images = scorer.encode_image(batch["images"])  # (2 P, D)
+    with torch.autocast(features.device.type, torch.bfloat16, enabled=options.bf16):  # cosines stay float32
+        images = F.normalize(scorer.image_encoder.project(features).float(), dim=-1)  # (2 P, D)
         captions = scorer.encode_rows(batch["tokens"], batch["keep"])  # (2 P, D)
         prompts = scorer.encode_rows(*batch["prompts"])  # (P + styles + backgrounds, D)
-    parts = {"clip": ClipLoss()(images, captions, scale)}
-    kinds = zip(prompts.split(batch["counts"]), batch["labels"].unbind(1), strict=True)
-    parts["label"] = sum((_cross_entropy(scale * images @ names.T, labels) for names, labels in kinds), torch.zeros(()))
-    parts["pair"] = pair_loss(images)
-    total = parts["clip"] + options.label_weight * parts["label"] + options.pair_weight * parts["pair"]
-    return {"loss": total, **parts}
+    kinds = zip(prompts.split(batch["counts"]), batch["prompt_labels"].unbind(1), strict=True)
+    named = [_cross_entropy(scale * images @ names.T, labels) for names, labels in kinds]
+    return {
+        "clip": ClipLoss()(images, captions, scale),
+        "label": sum(named, torch.zeros(())),
+        "pair": pair_loss(images),
+    }
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -170,70 +220,94 @@ def pair_loss(images: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
-    """Warm-up, plateau, and a straight line to zero."""
-    rising = (step + 1) / max(1, options.warmup)
-    falling = (options.steps - step) / max(1.0, options.decay * options.steps)
-    return options.lr * min(1.0, rising, falling)
+    """Warm-up and plateau for each part, then a straight line to zero."""
+    begun, peak = (0, options.name_lr) if step < options.name_steps else (options.name_steps, options.lr)
+    rising = (step + 1 - begun) / max(1, options.warmup)
+    falling = (options.steps - step) / max(1.0, options.decay * (options.steps - options.name_steps))
+    return peak * min(1.0, rising, falling)
+
+
+class Run:
+    """A training run: model, classifiers, optimiser and progress, saved in and resumed from `folder`."""
+
+    def __init__(self, scorer: Scorer, classes: int, options: TrainOptions, folder: Path | None) -> None:
+        self.scorer, self.options, self.folder = scorer, options, folder
+        self.heads = nn.Linear(scorer.image_encoder.project.in_features, classes, bias=False)
+        parameters = [*scorer.parameters(), *self.heads.parameters()]
+        decayed = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay}
+        others = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
+        self.optimizer = torch.optim.AdamW([decayed, others], lr=options.lr, betas=(0.9, 0.98))
+        self.step, self.seconds = 0, 0.0
+        if folder is not None and (folder / CHECKPOINT).is_file():
+            self._resume(folder / CHECKPOINT)
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.scorer, "heads": self.heads, "optimizer": self.optimizer}
+
+    def _resume(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step, self.seconds = state["step"], state["seconds"]
+        logger.info("going on from step %d", self.step)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        if self.folder is not None:
+            state = {name: part.state_dict() for name, part in self._parts().items()}
+            save_safely({**state, "step": self.step, "seconds": self.seconds}, self.folder / CHECKPOINT)
+
+    def advance(self, batch: dict[str, Any]) -> dict[str, float]:
+        """One optimiser step; returns the losses."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.options)
+        with sdpa_kernel(SDPBackend.MATH):  # captions are too short for fused attention: its backward is slower
+            parts = losses(self.scorer, self.heads, batch, self.options)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts["loss"].backward()
+        self.optimizer.step()
+        self.step += 1
+        return {name: value.item() for name, value in parts.items()}
+
+    def log(self, parts: dict[str, float]) -> None:
+        """Add a line to `log.csv`."""
+        row = {"step": self.step, "seconds": round(self.seconds, 1), **{k: round(v, 4) for k, v in parts.items()},
+               "scale": round(self.scorer.logit_scale.exp().item(), 2)}  # fmt: skip
+        logger.info("%s", "  ".join(f"{k} {v}" for k, v in row.items()))
+        if self.folder is not None:
+            path = self.folder / "log.csv"
+            new = not path.is_file()
+            with path.open("a", newline="", encoding="utf-8") as file:
+                columns = ["step", "seconds", "loss", "heads", "clip", "label", "pair", "scale"]
+                writer = csv.DictWriter(file, columns, restval="")
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
 
 
 def train(scorer: Scorer, pictures: Pictures, options: TrainOptions, folder: str | Path | None = None) -> list[float]:
     """Train up to step `options.steps`, going on from `folder`'s checkpoint if there is one; returns the losses.
 
-    `folder` also gets `log.csv`.
+    `folder` also gets `log.csv`. The checkpoint is written every `save_minutes` and at the end.
     """
     folder = None if folder is None else Path(folder)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    decayed = [p for p in scorer.parameters() if p.ndim > 1]
-    others = [p for p in scorer.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))
-    step, seconds = _resume(scorer, optimizer, folder)
     batches = Batches(scorer, pictures, options)
+    run = Run(scorer, sum(batches.classes), options, folder)
     scorer.train()
     history = []
-    begun = saved = time.monotonic()
-    while step < options.steps:
-        batch = batches.draw(step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options)
-        with sdpa_kernel(SDPBackend.MATH):  # captions are too short for fused attention: its backward is slower
-            parts = losses(scorer, batch, options)
-        optimizer.zero_grad(set_to_none=True)
-        parts["loss"].backward()
-        optimizer.step()
-        step += 1
-        history.append(parts["loss"].item())
-        now = time.monotonic()
-        if folder is not None and (step % LOG_EVERY == 0 or step == options.steps):
-            _log(folder, step, seconds + now - begun, parts, scorer)
-        if folder is not None and (now - saved > 60 * options.save_minutes or step == options.steps):
-            save_safely({"model": scorer.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                         "seconds": seconds + now - begun}, folder / CHECKPOINT)  # fmt: skip
-            saved = now
+    saved = time.monotonic()
+    while run.step < options.steps:
+        begun = time.monotonic()
+        parts = run.advance(batches.draw(run.step))
+        run.seconds += time.monotonic() - begun
+        history.append(parts["loss"])
+        done = run.step == options.steps
+        if run.step % LOG_EVERY == 0 or done:
+            run.log(parts)
+        if done or time.monotonic() - saved > 60 * options.save_minutes:
+            run.save()
+            saved = time.monotonic()
     scorer.eval()
     return history
-
-
-def _resume(scorer: Scorer, optimizer: torch.optim.Optimizer, folder: Path | None) -> tuple[int, float]:
-    """Load the checkpoint of `folder`, if any; its step and the seconds trained so far."""
-    if folder is None or not (folder / CHECKPOINT).is_file():
-        return 0, 0.0
-    state = torch.load(folder / CHECKPOINT, weights_only=True)
-    scorer.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    logger.info("going on from step %d", state["step"])
-    return state["step"], state["seconds"]
-
-
-def _log(folder: Path, step: int, seconds: float, parts: dict[str, Tensor], scorer: Scorer) -> None:
-    row = {"step": step, "seconds": round(seconds, 1), **{k: round(v.item(), 4) for k, v in parts.items()},
-           "scale": round(scorer.logit_scale.exp().item(), 2)}  # fmt: skip
-    logger.info("%s", "  ".join(f"{k} {v}" for k, v in row.items()))
-    path = folder / "log.csv"
-    new = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)

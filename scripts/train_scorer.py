@@ -18,9 +18,9 @@ logger = logging.getLogger("train_scorer")
 EXAMPLES = """\
 examples:
   train, or go on after an interruption (needs 'make data'); the weights end up in models/scorer/emoji64:
-    OMP_NUM_THREADS=1 python scripts/train_scorer.py --steps 3000
+    OMP_NUM_THREADS=1 python scripts/train_scorer.py --steps 4000
   train a finished scorer for longer, on fresh pictures:
-    python scripts/train_scorer.py --steps 6000 --picture-seed 1
+    python scripts/train_scorer.py --steps 8000 --picture-seed 1
   print the figures of the shipped scorer:
     python scripts/train_scorer.py --evaluate
 """
@@ -42,9 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="cache, checkpoint and log (default: %(default)s)")  # fmt: skip
     add("--out", type=Path, default=Path("models/scorer/emoji64"), metavar="DIR",
         help="where the finished scorer goes (default: %(default)s)")  # fmt: skip
-    add("--steps", type=int, default=3000, help="optimiser steps in all (default: %(default)s)")
-    add("--objects", type=int, default=64, help="objects per batch, two pictures of each (default: %(default)s)")
-    add("--lr", type=float, default=1.5e-3, help="highest learning rate (default: %(default)s)")
+    add("--steps", type=int, default=4000, help="optimiser steps in all (default: %(default)s)")
+    add("--name-steps", type=int, default=1600, metavar="N",
+        help="of these, steps on names and small pictures only, at the start (default: %(default)s)")  # fmt: skip
     add("--pictures", type=int, default=100_000, metavar="N", help="pictures to cache (default: %(default)s)")
     add("--picture-seed", type=int, default=0, metavar="S", help="seed of the cached pictures (default: 0)")
     add("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
@@ -65,7 +65,7 @@ def new_scorer(pictures: Pictures, seed: int) -> tuple[Scorer, dict[str, Any]]:
 
     pieces = vocabulary(WordPieceTokenizer(), sorted({*pictures.names, *pictures.others} - {""}))
     params = {
-        "embed_dim": 256, "image_size": 64, "widths": [32, 64, 160, 320], "depths": [0, 1, 2, 2],
+        "embed_dim": 256, "image_size": 64, "widths": [32, 64, 128, 256], "depths": [0, 1, 2, 2],
         "vocab_size": len(pieces), "text_width": 192, "text_layers": 2, "text_heads": 4, "max_length": 32,
     }  # fmt: skip
     torch.manual_seed(seed)
@@ -98,7 +98,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.export:
         scorer.load_state_dict(torch.load(options.work / CHECKPOINT, weights_only=True)["model"])
     else:
-        plan = TrainOptions(steps=options.steps, objects=options.objects, lr=options.lr, seed=options.seed)
+        plan = TrainOptions(steps=options.steps, name_steps=options.name_steps, seed=options.seed)
         train(scorer, pictures, plan, options.work)
     save_scorer(scorer, options.out, params)
     logger.info("scorer written to %s", options.out)

@@ -26,7 +26,9 @@ SHIPPED = ROOT / "models" / "scorer" / "emoji64"
 needs_weights = pytest.mark.skipif(not (SHIPPED / "model.safetensors").is_file(), reason="no scorer is shipped")
 PARAMS = {"embed_dim": 32, "image_size": 16, "widths": [8, 16], "depths": [0, 1], "text_width": 16, "text_layers": 1,
           "text_heads": 2, "max_length": 24}  # fmt: skip
-OPTIONS = TrainOptions(steps=12, objects=8, lr=3e-3, warmup=1, bf16=False)
+OPTIONS = TrainOptions(
+    steps=14, name_steps=4, easy_steps=2, name_batch=16, objects=8, lr=3e-3, name_lr=3e-3, warmup=1, bf16=False
+)
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +121,10 @@ def test_training_lowers_the_loss_and_resumes_exactly(
     scorer: Scorer, pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     start = {k: v.clone() for k, v in scorer.state_dict().items()}
+    torch.manual_seed(0)
     history = train(scorer, pictures, OPTIONS, tmp_path / "whole")
-    assert len(history) == 12
-    assert np.mean(history[-3:]) < np.mean(history[:3]) - 0.3
+    assert len(history) == 14
+    assert np.mean(history[-3:]) < np.mean(history[4:7]) - 0.3
     whole = {k: v.clone() for k, v in scorer.state_dict().items()}
 
     def killed(*args: object) -> None:
@@ -129,30 +132,42 @@ def test_training_lowers_the_loss_and_resumes_exactly(
 
     often = dataclasses.replace(OPTIONS, save_minutes=0.0)
     scorer.load_state_dict(start)
+    torch.manual_seed(0)
     with monkeypatch.context() as patch:
         patch.setattr("evaluation.scorer_training.LOG_EVERY", 5)
-        patch.setattr("evaluation.scorer_training._log", killed)
+        patch.setattr("evaluation.scorer_training.Run.log", killed)
         with pytest.raises(KeyboardInterrupt):
             train(scorer, pictures, often, tmp_path / "broken")
     scorer.load_state_dict(start)
-    assert len(train(scorer, pictures, OPTIONS, tmp_path / "broken")) == 8  # the kill came before step 5 was saved
+    assert len(train(scorer, pictures, OPTIONS, tmp_path / "broken")) == 10  # the kill came before step 5 was saved
     for name, value in scorer.state_dict().items():
         torch.testing.assert_close(value, whole[name], rtol=0, atol=0)
-    assert (tmp_path / "whole" / "log.csv").read_text().startswith("step,seconds,loss,clip,label,pair,scale")
+    assert (tmp_path / "whole" / "log.csv").read_text().startswith("step,seconds,loss,heads,clip")
 
 
 def test_learning_rate_rises_stays_and_falls():
-    options = TrainOptions(steps=100, lr=1.0, warmup=10, decay=0.5)
-    assert [round(learning_rate(step, options), 2) for step in (0, 9, 30, 50, 75, 99)] == [0.1, 1, 1, 1, 0.5, 0.02]
+    options = TrainOptions(steps=140, name_steps=40, name_lr=2.0, lr=1.0, warmup=10, decay=0.5)
+    rates = [round(learning_rate(step, options), 2) for step in (0, 9, 39, 40, 49, 70, 90, 115, 139)]
+    assert rates == [0.2, 2, 2, 0.1, 1, 1, 1, 0.5, 0.02]
+
+
+def test_the_first_batches_are_small_pictures_of_large_single_objects(scorer: Scorer, pictures: Pictures):
+    batches = Batches(scorer, pictures, OPTIONS)
+    assert batches.draw(0)["images"].shape == (16, 3, 8, 8)
+    assert set(batches.draw(3)) == {"images", "labels"}
+    captions = [pictures.captions[i] for i in batches.easy]
+    assert 0 < len(captions) < len(pictures)
+    assert not any(word in caption.split() for caption in captions for word in ("two", "three", "small", "left"))
 
 
 def test_batches_pair_objects_and_label_what_is_shown(scorer: Scorer, pictures: Pictures):
-    batch = Batches(scorer, pictures, OPTIONS).draw(5)
-    again = Batches(scorer, pictures, OPTIONS).draw(5)
+    batches = Batches(scorer, pictures, OPTIONS)
+    batch, again = batches.draw(5), batches.draw(5)
     torch.testing.assert_close(batch["images"], again["images"], rtol=0, atol=0)
     assert batch["images"].shape == (16, 3, 16, 16)
-    objects = batch["labels"][:, 0]
-    assert objects[:8].tolist() == objects[8:].tolist() == list(range(8))
+    assert batch["prompt_labels"][:, 0].tolist() == [*range(8), *range(8)]
+    assert torch.equal(batch["labels"][:8, 0], batch["labels"][8:, 0])
+    assert torch.equal(batch["labels"][:, 1:], batch["prompt_labels"][:, 1:])
     assert batch["counts"] == (8, len(STYLES), len(BACKGROUNDS))
     assert len(batch["prompts"][0]) == sum(batch["counts"])
 
@@ -160,8 +175,10 @@ def test_batches_pair_objects_and_label_what_is_shown(scorer: Scorer, pictures: 
 def test_losses_are_least_for_vectors_that_match(scorer: Scorer, pictures: Pictures):
     eye = torch.eye(4)
     assert pair_loss(torch.cat([eye, eye])) < 1e-3 < 1 < pair_loss(torch.cat([eye, eye.roll(1, 0)]))
-    parts = losses(scorer, Batches(scorer, pictures, OPTIONS).draw(0), OPTIONS)
-    total = parts["clip"] + OPTIONS.label_weight * parts["label"] + OPTIONS.pair_weight * parts["pair"]
+    batches = Batches(scorer, pictures, OPTIONS)
+    heads = torch.nn.Linear(16, sum(batches.classes), bias=False)
+    parts = losses(scorer, heads, batches.draw(4), OPTIONS)
+    total = parts["clip"] + 0.5 * (parts["heads"] + parts["label"] + parts["pair"])
     torch.testing.assert_close(parts["loss"], total)
 
 
