@@ -46,6 +46,8 @@ CALLBACKS: dict[str, str] = {
     "last_checkpoint": "ldm.callbacks.LastCheckpoint",
     "embedding_checkpoint": "ldm.callbacks.EmbeddingCheckpoint",
     "gradient_guard": "ldm.callbacks.GradientGuard",
+    "fixed_validation": "ldm.callbacks.FixedValidation",
+    "sample_grids": "ldm.callbacks.SampleGrids",
     "mode_swap_callback": "ldm.callbacks.ModeSwapCallback",
     "moments_cache": "ldm.callbacks.MomentsCache",
     "model_weights": "ldm.callbacks.ModelWeights",
@@ -255,6 +257,8 @@ def build_callbacks(plan: RunPlan, model: pl.LightningModule, options: dict[str,
     if options.get("enable_checkpointing", True) and not options.get("fast_dev_run"):
         defaults |= _saving_callbacks(plan, model, every)
     chosen: dict[str, Any] = to_plain(plan.lightning.get("callbacks")) or {}
+    if getattr(model, "inverts", False) and not options.get("fast_dev_run"):
+        defaults |= _progress_callbacks(plan, chosen, every or 500, "embedding_checkpoint" in defaults)
     if "metrics_over_trainsteps_checkpoint" in chosen:
         defaults["metrics_over_trainsteps_checkpoint"] = {
             "dirpath": plan.checkpoint_dir / "trainstep_checkpoints",
@@ -280,6 +284,18 @@ def _saving_callbacks(plan: RunPlan, model: pl.LightningModule, every: int | Non
         else:
             saving["model_weights"] = {"dirpath": plan.checkpoint_dir, "config": plan.config}
     return saving
+
+
+def _progress_callbacks(plan: RunPlan, chosen: dict[str, Any], every: int, saving: bool) -> dict[str, dict[str, Any]]:
+    """What shows how an inversion goes; a config that draws no training pictures gets no sample grids either."""
+    drawing = not (chosen.get("image_logger", {}).get("params") or {}).get("disabled", False)
+    return {
+        "fixed_validation": {
+            "dirpath": plan.checkpoint_dir if saving else None,
+            "every_n_train_steps": max(10, every // 5),
+        },
+        "sample_grids": {"run_dir": plan.run_dir, "every_n_train_steps": every, "disabled": not drawing},
+    }
 
 
 def _build_callback(name: str, config: dict[str, Any], defaults: dict[str, Any]) -> pl.Callback:

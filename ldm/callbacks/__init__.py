@@ -4,15 +4,18 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 
 from ldm.callbacks.images import ImageLogger
 from ldm.callbacks.moments import MomentsCache
+from ldm.callbacks.samples import SampleGrids
 from ldm.callbacks.saving import EmbeddingCheckpoint, LastCheckpoint, RunStopped, SafeCheckpointIO
 from ldm.callbacks.setup import ContactSheet, CUDACallback, ProgressBar, SetupCallback
 from ldm.callbacks.steps import GradientGuard, ModeSwapCallback, StepSeed
+from ldm.callbacks.validation import FixedValidation
 from ldm.callbacks.weights import ModelWeights
 
 __all__ = [
     "ContactSheet",
     "CUDACallback",
     "EmbeddingCheckpoint",
+    "FixedValidation",
     "GradientGuard",
     "ImageLogger",
     "LastCheckpoint",
@@ -23,6 +26,7 @@ __all__ = [
     "ProgressBar",
     "RunStopped",
     "SafeCheckpointIO",
+    "SampleGrids",
     "SetupCallback",
     "StepSeed",
 ]

@@ -1,0 +1,125 @@
+"""Knowing when a word is good: the comparable loss, the best vectors, sample grids, the report of a run."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ldm.callbacks import FixedValidation, SampleGrids
+from ldm.modules.embedding_io import read_embeddings
+from tests.conftest import END_TO_END
+from tests.tiny_inversion import inversion_config, vectors, words
+from tests.tiny_run import last_checkpoint, only_run, run_main, write_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 4
+
+
+def config_file(folder: Path, **callbacks: dict[str, Any]) -> Path:
+    """Config of a run with everything in this file's subject, on two pictures and two time steps."""
+    config = inversion_config()
+    config["lightning"]["trainer"] |= {"max_steps": STEPS, "log_every_n_steps": 1}
+    few = {"max_pictures": 2, "num_timesteps": 2, "every_n_train_steps": 1}
+    grids = {"every_n_train_steps": 2, "count": 2, "steps": 2, "disabled": False, "max_share": 1.0}
+    config["lightning"]["callbacks"] |= {
+        "fixed_validation": {"params": few | callbacks.get("fixed_validation", {})},
+        "sample_grids": {"params": grids | callbacks.get("sample_grids", {})},
+    }
+    return write_config(folder / "report.yaml", config)
+
+
+def fixed_losses(run: Path) -> dict[int, float]:
+    """val/loss_fixed by step, of all parts of a run."""
+    found = {}
+    for file in sorted(run.glob("csv/*/metrics.csv")):
+        with file.open() as rows:
+            found |= {int(r["step"]): float(r["val/loss_fixed"]) for r in csv.DictReader(rows) if r["val/loss_fixed"]}
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of an undisturbed inversion with everything switched on."""
+    folder = tmp_path_factory.mktemp("report")
+    run_main(*words(config_file(folder), folder))
+    return only_run(folder / "logs")
+
+
+def test_the_fixed_loss_changes_with_the_vectors_only(run: Path):
+    losses = fixed_losses(run)
+    assert list(losses) == list(range(STEPS + 1))
+    assert len(set(losses.values())) == STEPS + 1
+
+
+def test_the_fixed_loss_is_the_same_at_a_learning_rate_of_zero(tmp_path: Path):
+    config = config_file(tmp_path, sample_grids={"disabled": True})
+    run_main(*words(config, tmp_path), "--max_steps", 2, "model.base_learning_rate=0.0")
+    assert len(set(fixed_losses(only_run(tmp_path / "logs")).values())) == 1
+
+
+def test_looking_does_not_change_what_is_learned(run: Path, tmp_path: Path):
+    off = {"disabled": True}
+    run_main(*words(config_file(tmp_path, fixed_validation=off, sample_grids=off), tmp_path))
+    unwatched = only_run(tmp_path / "logs")
+    assert torch.equal(vectors(run)["*"], vectors(unwatched)["*"])
+    assert not (unwatched / "checkpoints" / "embeddings_best.pt").exists()
+
+
+def test_the_best_vectors_are_those_of_the_smallest_loss(run: Path):
+    losses = fixed_losses(run)
+    best = read_embeddings(run / "checkpoints" / "embeddings_best.pt")
+    assert best.info["step"] == min(losses, key=losses.__getitem__)
+    assert best.info["value"] == pytest.approx(min(losses.values()))
+
+
+def test_a_resumed_run_chooses_as_an_undisturbed_one(run: Path, tmp_path: Path):
+    send = {"target": "tests.tiny_run.SignalAt", "params": {"step": 1, "name": "SIGINT"}}
+    with pytest.raises(KeyboardInterrupt):
+        run_main(*words(config_file(tmp_path), tmp_path), f"+lightning.callbacks.send={send}")
+    resumed = only_run(tmp_path / "logs")
+    run_main("-r", resumed)
+    assert fixed_losses(resumed) == fixed_losses(run)
+    states = [last_checkpoint(r)["callbacks"]["FixedValidation"] for r in (run, resumed)]
+    assert states[0] == states[1]
+
+
+def test_a_run_that_no_longer_improves_stops(tmp_path: Path):
+    config = config_file(
+        tmp_path, fixed_validation={"patience": 2, "min_delta": 100.0}, sample_grids={"disabled": True}
+    )
+    run_main(*words(config, tmp_path))
+    run = only_run(tmp_path / "logs")
+    assert last_checkpoint(run)["global_step"] == 2
+    assert read_embeddings(run / "checkpoints" / "embeddings_best.pt").info["step"] == 0
+
+
+def test_an_unknown_metric_is_named(tmp_path: Path):
+    images = END_TO_END / "images"
+    validation = (
+        f"{{target: ldm.data.personalized.PersonalizedBase, params: {{size: 32, set: val, data_root: {images}}}}}"
+    )
+    config = config_file(tmp_path, fixed_validation={"monitor": "val/los"}, sample_grids={"disabled": True})
+    with pytest.raises(ValueError, match=r"'val/los'.*val/loss_fixed.*val/loss_simple"):
+        run_main(*words(config, tmp_path), f"data.params.validation={validation}", "--val_check_interval", 2)
+
+
+def test_sample_grids_by_step(run: Path):
+    names = {path.name for path in (run / "images" / "samples").iterdir()}
+    assert names == {f"{kind}_gs-{step:06}.jpg" for kind in ("raw", "guided") for step in (0, 2, 4)}
+    with Image.open(run / "images" / "samples" / "raw_gs-000004.jpg") as grid:
+        assert grid.width > 2 * 32
+
+
+def test_wrong_options_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="patience"):
+        FixedValidation(patience=0)
+    with pytest.raises(ValueError, match="mode 'least'"):
+        FixedValidation(mode="least")
+    with pytest.raises(ValueError, match="a photo"):
+        SampleGrids(tmp_path, prompts=["a photo"])
