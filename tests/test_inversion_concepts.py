@@ -167,3 +167,9 @@ def test_three_concepts_learn_and_resume(things: Path, tmp_path: Path):
     run_main("-r", part, "--max_steps", 6)
     assert last_checkpoint(part)["global_step"] == 6
     assert_same_state(whole, part)
+
+
+def test_a_start_file_must_hold_every_concepts_word(things: Path, tmp_path: Path):
+    command = ["--base", inversion(tmp_path), *roots(things, "cat", "clock"), "-l", tmp_path / "logs"]
+    with pytest.raises(ValueError, match=r"the captions have the word '<cat>', but the model learns \['\*'\]"):
+        run_main(*command, "--embedding_manager_ckpt", END_TO_END / "embeddings_1vec.pt")

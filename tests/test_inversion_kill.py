@@ -25,13 +25,13 @@ STOP = "lightning.callbacks.stop"
 VALIDATION = {"target": "ldm.data.personalized.PersonalizedBase", "params": {"size": 32, "set": "val"}}
 
 
-def config(folder: Path, **trainer: Any) -> Path:
+def config(folder: Path, repeats: int = 2, **trainer: Any) -> Path:
     """Draws of every kind: flips, templates, words of single pictures, noise; saves after every step."""
     made = inversion_config()
     manager = made["model"]["params"]["personalization_config"]["params"]
     manager |= {"per_image_tokens": True, "num_vectors_per_token": 2}
     data = made["data"]["params"]
-    data["train"]["params"] |= {"per_image_tokens": True, "mixing_prob": 0.5}
+    data["train"]["params"] |= {"per_image_tokens": True, "mixing_prob": 0.5, "repeats": repeats}
     data |= {"validation": VALIDATION, "num_workers": 1}
     made["lightning"]["modelcheckpoint"]["params"]["every_n_train_steps"] = 1
     made["lightning"]["trainer"] |= {"accumulate_grad_batches": 2, **trainer}
@@ -61,7 +61,7 @@ def test_killed_and_resumed_from_the_moved_directory(tmp_path: Path):
 @pytest.mark.timeout(3600)
 def test_ten_kills_at_random_moments(tmp_path: Path):
     steps, kills = 500, 10
-    file = config(tmp_path, max_steps=steps, log_every_n_steps=1)
+    file = config(tmp_path, repeats=60, max_steps=steps, log_every_n_steps=1)
     run_main(*words(file, tmp_path / "whole"))
     choose = random.Random(0)
     command, run = words(file, tmp_path), tmp_path / "logs"

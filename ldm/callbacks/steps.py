@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from ldm.data.moments_cache import concepts_of
 from ldm.data.seeding import derive_seed
 
 TRAINING, VALIDATION = 1, 2
@@ -109,6 +110,14 @@ class GradientGuard(pl.Callback):
         self.checked = False
         if not self.initial:
             raise ValueError("the embedding manager has no vectors to train: name at least one placeholder string")
+        datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
+        known = {word.casefold() for word in pl_module.embedding_manager.placeholders}  # type: ignore[union-attr]
+        for word in (part.placeholder_token for part in concepts_of(datasets.get("train"))):
+            if word.casefold() not in known:
+                raise ValueError(
+                    f"the captions have the word '{word}', but the model learns {sorted(known)}; "
+                    "the file of --embedding_manager_ckpt must hold the same words as --placeholder_string"
+                )
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
