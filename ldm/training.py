@@ -48,6 +48,7 @@ CALLBACKS: dict[str, str] = {
     "gradient_guard": "ldm.callbacks.GradientGuard",
     "fixed_validation": "ldm.callbacks.FixedValidation",
     "sample_grids": "ldm.callbacks.SampleGrids",
+    "run_report": "ldm.callbacks.RunReport",
     "mode_swap_callback": "ldm.callbacks.ModeSwapCallback",
     "moments_cache": "ldm.callbacks.MomentsCache",
     "model_weights": "ldm.callbacks.ModelWeights",
@@ -192,7 +193,8 @@ def parse_gpus(gpus: str) -> dict[str, Any]:
 def choose_strategy(plan: RunPlan, options: dict[str, Any], model: pl.LightningModule) -> str | Strategy:
     """DDP that copes with unused parameters where some steps leave any unused; else what the config says.
 
-    Unused are, in a step, the parameters of the other optimiser (first stages) and words that no caption names.
+    Unused are, in a step, the parameters of the other optimiser (first stages) and those of the other stage where a
+    model is tuned after its word. Words that no caption of a batch names get gradients of zero.
     """
     strategy = to_plain(plan.lightning.get("strategy")) or options.get("strategy", "auto")
     if isinstance(strategy, dict):
@@ -202,7 +204,7 @@ def choose_strategy(plan: RunPlan, options: dict[str, Any], model: pl.LightningM
     one = count in (1, "1") or isinstance(count, list) and len(count) == 1
     several = options.get("num_nodes", 1) > 1 or not one
     if strategy == "ddp" or strategy == "auto" and several:
-        some_unused = not model.automatic_optimization or getattr(model, "embedding_manager", None) is not None
+        some_unused = not model.automatic_optimization or getattr(model, "unfreeze_model", False)
         return DDPStrategy(find_unused_parameters=bool(plan.lightning.get("find_unused_parameters", some_unused)))
     return strategy
 
@@ -295,6 +297,13 @@ def _progress_callbacks(plan: RunPlan, chosen: dict[str, Any], every: int, savin
             "every_n_train_steps": max(10, every // 5),
         },
         "sample_grids": {"run_dir": plan.run_dir, "every_n_train_steps": every, "disabled": not drawing},
+        # the last: it shows what the others left
+        "run_report": {
+            "run_dir": plan.run_dir,
+            "started": plan.started,
+            "config": plan.config,
+            "lightning_config": plan.lightning,
+        },
     }
 
 

@@ -13,9 +13,17 @@ from ldm import run
 from ldm.callbacks.saving import concept_files
 from ldm.data.concepts import ConceptMix
 from ldm.util import ConfigError
-from tests.conftest import END_TO_END
+from tests.conftest import END_TO_END, assert_close
 from tests.tiny_inversion import inversion, inversion_config, vectors
-from tests.tiny_run import assert_same_state, last_checkpoint, only_run, run_main, tiny_config, write_config
+from tests.tiny_run import (
+    assert_same_state,
+    last_checkpoint,
+    only_run,
+    run_main,
+    spawn_main,
+    tiny_config,
+    write_config,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DATASET = {"target": "ldm.data.personalized.PersonalizedBase", "params": {"size": 8, "repeats": 2}}
@@ -173,3 +181,15 @@ def test_a_start_file_must_hold_every_concepts_word(things: Path, tmp_path: Path
     command = ["--base", inversion(tmp_path), *roots(things, "cat", "clock"), "-l", tmp_path / "logs"]
     with pytest.raises(ValueError, match=r"the captions have the word '<cat>', but the model learns \['\*'\]"):
         run_main(*command, "--embedding_manager_ckpt", END_TO_END / "embeddings_1vec.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(things: Path, tmp_path: Path):
+    command = ["--base", inversion(tmp_path), "--concepts", "--data_root", things, "--scale_lr", "false"]
+    run_main(*command, "-l", tmp_path / "one", "data.params.batch_size=4")
+    two = spawn_main(*command, "-l", tmp_path / "two", "data.params.batch_size=2", "--devices", 2)
+    assert two.returncode == 0, two.stderr[-2000:]
+    assert "did not find any unused parameters" not in two.stderr
+    one, other = (vectors(only_run(tmp_path / name)) for name in ("one", "two"))
+    for word in one:
+        assert_close(other[word], one[word])
