@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import csv
+import html
+import re
+import shlex
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ldm.callbacks import FixedValidation, SampleGrids
+from ldm.callbacks.report_page import curve, embed_images
 from ldm.modules.embedding_io import read_embeddings
+from scripts import txt2img
 from tests.conftest import END_TO_END
 from tests.tiny_inversion import inversion_config, vectors, words
 from tests.tiny_run import last_checkpoint, only_run, run_main, write_config
@@ -114,6 +121,67 @@ def test_sample_grids_by_step(run: Path):
     assert names == {f"{kind}_gs-{step:06}.jpg" for kind in ("raw", "guided") for step in (0, 2, 4)}
     with Image.open(run / "images" / "samples" / "raw_gs-000004.jpg") as grid:
         assert grid.width > 2 * 32
+
+
+def report_of(run: Path) -> str:
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_report_is_one_small_file(run: Path):
+    text = report_of(run)
+    assert len(text) < 1_500_000
+    assert not re.findall(r"""(?:src|href)=["'](?!data:image/jpeg;base64,)""", text)
+    assert "<script" not in text
+    assert "url(" not in text
+    assert "http" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL)
+    HTMLParser().feed(text)
+
+
+def test_what_the_report_shows(run: Path):
+    text = report_of(run)
+    assert text.count("data:image/jpeg") == 1 + 2 * 3  # contact sheet, two grids at three steps
+    assert text.count("<svg") == 2
+    for heading in ("Use it", "What it saw", "How it went", "What it draws", "What the word is", "What it cost"):
+        assert f"<h2>{heading}</h2>" in text
+    assert "sculpture" in text  # the initial word, near the learned one
+    assert "sample grids" in text
+    assert "base_learning_rate" in text
+
+
+def test_the_command_of_the_report_runs(run: Path, tmp_path: Path):
+    (command,) = re.findall(r"<h2>Use it</h2>\s*<pre>(.*?)</pre>", report_of(run), re.DOTALL)
+    program, script, *arguments = shlex.split(html.unescape(command))
+    assert (program, script) == ("python", "scripts/txt2img.py")
+    fewer = ["--ddim_steps", "2", "--n_samples", "1", "--n_iter", "1", "--H", "32", "--W", "32", "--device", "cpu"]
+    txt2img.main([*arguments, *fewer, "--outdir", str(tmp_path)])
+    assert list(tmp_path.rglob("*.png"))
+
+
+def test_text_in_the_report_is_escaped(tmp_path: Path):
+    config = config_file(tmp_path, sample_grids={"disabled": True})
+    evil = "<script>alert(1)</script>"
+    run_main(*words(config, tmp_path), "--placeholder_string", evil, "--max_steps", 1)
+    text = report_of(only_run(tmp_path / "logs"))
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_pictures_are_made_to_fit(tmp_path: Path):
+    noise = np.random.default_rng(0).integers(0, 255, (900, 900, 3), dtype=np.uint8)
+    paths = [tmp_path / f"{k}.png" for k in range(3)]
+    for path in paths:
+        Image.fromarray(noise).save(path)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    found = embed_images([*paths, tmp_path / "broken.png"], 200_000)
+    assert list(found) == paths
+    assert sum(map(len, found.values())) <= 200_000
+
+
+def test_curves_leave_out_what_is_not_finite():
+    drawing = curve([(0, 1.0), (1, float("nan")), (2, 0.5)], "loss", mark=2)
+    assert "nan" not in drawing
+    assert drawing.count("<circle") == 2
+    assert curve([(0, 1.0)], "loss") == ""
 
 
 def test_wrong_options_are_refused(tmp_path: Path):

@@ -4,6 +4,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 
 from ldm.callbacks.images import ImageLogger
 from ldm.callbacks.moments import MomentsCache
+from ldm.callbacks.report import RunReport
 from ldm.callbacks.samples import SampleGrids
 from ldm.callbacks.saving import EmbeddingCheckpoint, LastCheckpoint, RunStopped, SafeCheckpointIO
 from ldm.callbacks.setup import ContactSheet, CUDACallback, ProgressBar, SetupCallback
@@ -24,6 +25,7 @@ __all__ = [
     "ModelWeights",
     "MomentsCache",
     "ProgressBar",
+    "RunReport",
     "RunStopped",
     "SafeCheckpointIO",
     "SampleGrids",
