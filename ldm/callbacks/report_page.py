@@ -19,7 +19,7 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2re
 table { border-collapse: collapse; } td, th { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top; }
 th { font-weight: 600; } tr + tr td, tr + tr th { border-top: 1px solid #e4e4e4; }
 pre { background: #f4f4f2; padding: .7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
-img, svg { max-width: 100%; height: auto; } figure { margin: 0; } .muted, figcaption { color: #666; }
+img, svg { max-width: 100%; height: auto; } td img { min-width: 20rem; } figure { margin: 0; } .muted, figcaption { color: #666; }
 svg text { font: 11px system-ui, sans-serif; fill: #666; }
 """
 # Width in pixels and JPEG quality, tried in turn until the pictures fit.
@@ -128,7 +128,7 @@ def curve(points: Points, title: str, smoothed: bool = False, mark: float | None
         height = place(x0, y)[1]
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{height:.1f}" y2="{height:.1f}" stroke="#e4e4e4"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{y:.4g}</text>')
-    for x in (x0, (x0 + x1) / 2, x1):
+    for x in (x0, (x0 + x1) // 2, x1):
         anchor = "start" if x == x0 else "end" if x == x1 else "middle"
         parts.append(f'<text x="{place(x, low)[0]:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{x:g}</text>')
     if smoothed:
