@@ -19,7 +19,8 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2re
 table { border-collapse: collapse; } td, th { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top; }
 th { font-weight: 600; } tr + tr td, tr + tr th { border-top: 1px solid #e4e4e4; }
 pre { background: #f4f4f2; padding: .7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
-img, svg { max-width: 100%; height: auto; } td img { min-width: 20rem; } figure { margin: 0; } .muted, figcaption { color: #666; }
+img, svg { max-width: 100%; height: auto; } td img { min-width: 20rem; }
+figure { margin: 0; } .muted, figcaption { color: #666; }
 svg text { font: 11px system-ui, sans-serif; fill: #666; }
 """
 # Width in pixels and JPEG quality, tried in turn until the pictures fit.
