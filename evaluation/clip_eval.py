@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from evaluation import metrics
-from evaluation.clip_eval_weights import find_weights, read_clip_weights
+from evaluation.clip_eval_weights import find_weights, read_clip_weights, weights_name
 from ldm.modules.encoders.image import IMAGE_MEAN, IMAGE_STD
 from ldm.util import did_you_mean, freeze
 
@@ -44,7 +44,7 @@ def build_clip(clip_model: str, weights: str | Path | None = None) -> nn.Module:
     import open_clip
 
     name = architecture(clip_model)
-    file = find_weights("clip", clip_model.replace("/", "-").replace("@", "-"), weights)
+    file = find_weights("clip", weights_name(clip_model), weights)
     model = open_clip.create_model(name, load_weights=False)
     missing = model.load_state_dict(read_clip_weights(file), strict=False)
     lost = [key for key in missing.missing_keys if not key.endswith(("attn_mask", "logit_bias"))]

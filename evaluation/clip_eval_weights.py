@@ -70,6 +70,11 @@ def find_weights(folder: str, name: str, path: str | Path | None = None) -> Path
     )
 
 
+def weights_name(model: str) -> str:
+    """File name, without suffix, of a model's weights: "ViT-L/14@336px" gives "ViT-L-14-336px"."""
+    return model.replace("/", "-").replace("@", "-")
+
+
 def _roots() -> list[Path]:
     return list(dict.fromkeys([Path.cwd(), resource_root()]))
 

@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from evaluation.clip_eval_weights import find_weights, weights_name
 from evaluation.dino import ARCHITECTURES
+from ldm.resources import resource_root
 from ldm.util import did_you_mean
 
 EMBEDDED = "emoji64"
@@ -48,6 +50,19 @@ def load_judge(name: str, weights: str | Path | None = None, device: torch.devic
         known = [EMBEDDED, *ARCHITECTURES, "ViT-B/32"]
         raise ValueError(f"no judge '{name}'{did_you_mean(name, known)}: {error}") from error
     return CLIPEvaluator(device, name, weights)
+
+
+def judge_file(name: str, weights: str | Path | None = None) -> Path:
+    """The file of a judge's weights; raises `FileNotFoundError` that names it when it is not there."""
+    if name == EMBEDDED:
+        from evaluation.scorer import CONFIG, WEIGHTS
+
+        folder = resource_root() / CONFIG if weights is None else Path(weights) / "config.yaml"
+        file = folder.parent / WEIGHTS
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no scorer at {file}; scripts/train_scorer.py makes one")
+        return file
+    return find_weights("dino" if name in ARCHITECTURES else "clip", weights_name(name), weights)
 
 
 def is_blind_to_text(name: str) -> bool:

@@ -9,13 +9,14 @@ from evaluation.judges import Judge
 
 # Metrics that `score` returns, with what they say. Values are raw cosines unless stated.
 METRICS: dict[str, str] = {
-    "image": "image similarity: mean cosine over all pairs of a generated and a training picture",
-    "text": "text similarity as in the paper: cosine of the mean picture vector with the prompt without the word",
-    "text_mean": "text similarity as in the released code: mean of the pictures' cosines with that prompt",
+    "image": "mean cosine over all pairs of a generated and a training picture",
+    "text": "cosine of the mean picture vector with the prompt without the word, as in the paper",
+    "text_mean": "mean of the pictures' cosines with that prompt, as in the released code",
     "diversity": "mean cosine distance between two pictures of a prompt",
     "nearest": "mean over the pictures of the cosine with the nearest training picture",
-    "nearest_max": "largest cosine of any picture with any training picture: copying",
-    "image_distinct": "image similarity without the pairs of a picture and itself",
+    "nearest_max": "largest cosine of any picture with any training picture: 1 is a copy",
+    "image_distinct": "mean cosine over all pairs of two different training pictures",
+    "second_image": "mean cosine over all pairs with a picture of the second concept",
 }
 
 

@@ -28,8 +28,13 @@ class Interval:
             return HOLDS
         return FAILS if self.high < 0 else UNDECIDED
 
+    def text(self, digits: int = 3) -> str:
+        """`0.788 [0.780, 0.795]`, or the mean alone where no bounds are known."""
+        numbers = [f"{value:.{digits}f}" for value in (self.mean, self.low, self.high)]
+        return numbers[0] if math.isnan(self.low) else f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]" if self.low == self.low else f"{self.mean:.3f}"
+        return self.text()
 
 
 def interval(mean: float, replicates: np.ndarray, level: float = LEVEL) -> Interval:

@@ -7,6 +7,7 @@ from pathlib import Path
 from ldm.util import did_you_mean
 
 KINDS = ("configs", "models")  # in a wheel these two folders lie under ldm/_resources
+TABLES = "configs/evaluation"  # experiments of the evaluation, which are no models
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -35,6 +36,7 @@ def config_path(name: str) -> Path:
 
 
 def shipped_configs() -> list[str]:
-    """Names of all shipped YAML files, sorted, in the form that `config_path` takes."""
+    """Names of all shipped YAML files that describe models, sorted, in the form that `config_path` takes."""
     root = resource_root()
-    return sorted(p.relative_to(root).as_posix() for kind in KINDS for p in (root / kind).rglob("*.yaml"))
+    names = sorted(p.relative_to(root).as_posix() for kind in KINDS for p in (root / kind).rglob("*.yaml"))
+    return [name for name in names if not name.startswith(f"{TABLES}/")]

@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, values in scores.items():
         print(f"{name} (raw cosines, {len(pictures)} pictures)")
         for metric, value in values.items():
-            print(f"  {value:7.4f}  {METRICS[metric]}")
+            print(f"  {metric:12} {value:7.4f}  {METRICS[metric]}")
     print(save_scores(args, text, scores, to_uint8(pictures)))
 
 

@@ -42,7 +42,8 @@ FLOORS: list[set[str]] = [
     {"evaluation.scorer"},
     {"evaluation.clip_eval"},
     {"evaluation"},
-    {"main", "merge_embeddings", "scripts"},
+    {"main", "merge_embeddings"},
+    {"scripts"},
 ]
 FLOOR_OF = {entry: floor for floor, entries in enumerate(FLOORS) for entry in entries}
 # Where the name to install is not the name to import.

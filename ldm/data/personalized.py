@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 MASK_SUFFIX = "_mask"
 MASKS = ("auto", "alpha", "file")
-SIDE_CARS = frozenset({".txt", ".jsonl", ".csv"})
+SIDE_CARS = frozenset({".txt", ".jsonl", ".csv", ".yaml"})
 FULL_CHECK_LIMIT = (
     200  # up to so many files each is decoded at the start, so that a damaged one is named before training
 )

@@ -1,0 +1,164 @@
+"""Units of work that lie on disk under a hash of their settings: what is done is never computed twice.
+
+A unit is a kind of work ("train", "draw", "score") with all settings that its outcome depends on. Its folder is
+`<root>/<kind>/<hash>/`; it is done when `result.json` is there, which is written last and at once. So an interrupted
+run goes on where it stopped, a changed setting gives another folder, and several machines can share one root.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ldm.checkpoint import atomic_path
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+KEY_LENGTH = 16
+SAY_EVERY = 10.0  # seconds between two lines about progress
+EDGE = 2**20  # bytes at either end of a large file that its fingerprint covers
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A piece of work: its kind and all that its outcome depends on, as JSON values."""
+
+    kind: str
+    settings: Mapping[str, Any]
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Hash of the settings."""
+        return digest(self.settings)
+
+
+def digest(settings: Any) -> str:
+    """Hash of JSON values; the order of keys does not matter, and 1 and 1.0 differ."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def fingerprint(path: str | Path) -> str:
+    """Hash of a file's size and content; of a file of many megabytes only both ends are read."""
+    path = Path(path)
+    size = path.stat().st_size
+    state = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= 16 * EDGE:
+            state.update(file.read())
+        else:
+            state.update(file.read(EDGE))
+            file.seek(-EDGE, 2)
+            state.update(file.read())
+    return state.hexdigest()[:KEY_LENGTH]
+
+
+class Store:
+    """Results of units in a folder."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def folder(self, unit: Unit) -> Path:
+        """Where the unit's files go."""
+        return self.root / unit.kind / unit.key
+
+    def result(self, unit: Unit) -> dict[str, Any] | None:
+        """The unit's result; None while it is not done."""
+        path = self.folder(unit) / "result.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it to compute it again") from error
+
+    def is_done(self, unit: Unit) -> bool:
+        """Whether the unit's result is there."""
+        return (self.folder(unit) / "result.json").is_file()
+
+    def begin(self, unit: Unit) -> Path:
+        """Make the unit's folder, with `settings.json` for those who look into it."""
+        folder = self.folder(unit)
+        if not (folder / "settings.json").is_file():
+            write_json(folder / "settings.json", dict(unit.settings))
+        return folder
+
+    def finish(self, unit: Unit, result: Mapping[str, Any]) -> None:
+        """Write the unit's result, which marks it as done."""
+        write_json(self.folder(unit) / "result.json", dict(result))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that no half file is ever seen."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------- sharing
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`i/n` with 1 <= i <= n."""
+    first, separator, second = text.partition("/")
+    if not (separator and first.isdigit() and second.isdigit() and 1 <= int(first) <= int(second)):
+        raise ValueError(f"--shard {text}: write i/n with i from 1 to n, such as 1/4 ... 4/4")
+    return int(first), int(second)
+
+
+def shard(items: Sequence[T], group: Callable[[T], str], part: tuple[int, int]) -> list[T]:
+    """The items of part i of n; items of one group stay together, so that no two parts do the same work."""
+    index, count = part
+    groups = {key: number for number, key in enumerate(dict.fromkeys(group(item) for item in items))}
+    return [item for item in items if groups[group(item)] % count == index - 1]
+
+
+# ------------------------------------------------------------------------------------------------------ progress
+
+
+class Progress:
+    """Does units one after the other, saying how many are done and how long the rest will take."""
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self.store = store
+        self.clock = clock
+
+    def run(self, title: str, units: Iterable[Unit], work: Callable[[Unit, Path], Mapping[str, Any]]) -> None:
+        """Call `work(unit, folder)` for each unit that is not done, and save what it returns with its seconds."""
+        unique = {(unit.kind, unit.key): unit for unit in units}
+        waiting = [unit for unit in unique.values() if not self.store.is_done(unit)]
+        done = len(unique) - len(waiting)
+        if not waiting:
+            log.info("%s: all %d are there", title, len(unique))
+        begun, began, said = 0, self.clock(), -math.inf
+        for unit in waiting:
+            if self.store.is_done(unit):  # by another process meanwhile
+                done += 1
+                continue
+            started = self.clock()
+            result = work(unit, self.store.begin(unit))
+            seconds = self.clock() - started
+            self.store.finish(unit, {**result, "seconds": round(seconds, 3)})
+            begun, done = begun + 1, done + 1
+            left = (self.clock() - began) / begun * (len(unique) - done)
+            remaining = f", about {duration(left)} left" if done < len(unique) else ""
+            if done == len(unique) or self.clock() - said >= SAY_EVERY:
+                said = self.clock()
+                log.info("%s: %d of %d done, %.1f s each%s", title, done, len(unique), seconds, remaining)
+
+
+def duration(seconds: float) -> str:
+    """A length of time in words: "45 s", "12 min", "3 h 20 min"."""
+    minutes = math.ceil(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

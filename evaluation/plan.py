@@ -1,0 +1,292 @@
+"""From a table to units of work: what each cell (row, concept, seed) trains, draws and scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluation.cells import Unit, digest, fingerprint
+from evaluation.clip_eval import without_words
+from evaluation.concepts import WORD, Concept
+from evaluation.experiments import (
+    ModelSpec,
+    Prompts,
+    Row,
+    Sampling,
+    Table,
+    TrainingOptions,
+    prompts_for,
+    sampling_options,
+    training_options,
+)
+from evaluation.judges import judge_file
+from ldm.generate_model import find_model_files
+
+VERSION = 1  # to be raised when a change of the code makes earlier results wrong
+SECOND_WORD = "@"
+SEED_STRIDE = 1_000_003  # between the sampling seeds of two training seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One word to learn."""
+
+    unit: Unit
+    concept: Concept
+    options: TrainingOptions
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedWord:
+    """A state of a training, and what prompts call it."""
+
+    training: Training
+    step: int
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """Pictures to draw: `count` of each prompt; where a prompt has several wordings they take turns."""
+
+    unit: Unit
+    words: tuple[LearnedWord, ...]
+    prompts: tuple[tuple[str, ...], ...]
+    count: int
+    seed: int
+    sampling: Sampling
+
+    def jobs(self) -> list[tuple[int, int, str, int]]:
+        """(prompt number, picture number, text, seed) of every picture."""
+        return [
+            (p, k, wordings[k % len(wordings)], self.seed + k)
+            for p, wordings in enumerate(self.prompts)
+            for k in range(self.count)
+        ]
+
+    def file(self, folder: Path, prompt: int, picture: int) -> Path:
+        """Where a picture goes."""
+        return folder / f"p{prompt:02}" / f"{picture:04}.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """Pictures to score: those of a drawing, or the training pictures themselves."""
+
+    unit: Unit
+    drawing: Drawing | None
+    texts: tuple[str, ...]  # one for each prompt; the first prompt is for reconstruction, the others for editing
+    training: tuple[Path, ...]
+    second: tuple[Path, ...]  # pictures of the second concept
+    table: Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One row for one concept and one seed."""
+
+    row: Row
+    concept: Concept
+    seed: int
+    trainings: tuple[Training, ...]
+    drawing: Drawing | None
+    scoring: Scoring
+
+    @property
+    def group(self) -> str:
+        """Cells with the same trainings belong to one shard."""
+        return self.trainings[0].unit.key if self.trainings else self.concept.label
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for: a table on a model, for which concepts and seeds."""
+
+    table: Table
+    model: ModelSpec
+    concepts: tuple[Concept, ...]
+    seeds: tuple[int, ...]
+    second: Concept | None = None
+    quick: bool = False
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict)  # judges' weight files, by alias
+
+    @property
+    def pictures(self) -> int:
+        """Pictures of each prompt."""
+        count = int(self.table.options.get("pictures", self.model.pictures))
+        return min(count, self.model.quick.pictures) if self.quick else count
+
+
+class Planner:
+    """Makes the cells of a request; hashes the files that results depend on once."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        model = request.model
+        files = find_model_files(model.checkpoint_path)
+        self.weights = fingerprint(files.checkpoint)
+        self.config = digest(model.config_file.read_text(encoding="utf-8"))
+        self.judges = {
+            alias: [name, fingerprint(judge_file(name, request.weights.get(alias)))]
+            for alias, name in model.judges.items()
+        }
+
+    def cells(self) -> list[Cell]:
+        """All cells of the table; rows that a concept cannot have (no captions) are left out."""
+        request = self.request
+        return [
+            self.cell(row, concept, seed)
+            for seed in request.seeds
+            for concept in request.concepts
+            for row in request.table.rows
+            if row.source != "captions" or concept.captions.get(row.captions)
+        ]
+
+    def cell(self, row: Row, concept: Concept, seed: int) -> Cell:
+        """The cell of a row for a concept and a seed."""
+        request = self.request
+        options = training_options(request.model, row, request.model.quick if request.quick else None)
+        prompts = self.prompts(row, concept)
+        words = self.words(row, concept, options, seed)
+        drawing = None
+        if row.source != "training_pictures":
+            drawing = self.drawing(row, wordings(row, concept, prompts), words, seed)
+        texts = tuple(self.text(concept, prompt) for prompt in (prompts.reconstruction, *prompts.editing))
+        scoring = self.scoring(concept, options, drawing, texts)
+        return Cell(row, concept, seed, tuple(word.training for word in words), drawing, scoring)
+
+    def prompts(self, row: Row, concept: Concept) -> Prompts:
+        """The row's prompts; those for editing are the concept's own where it has some."""
+        prompts = prompts_for(self.request.model, concept.kind, row)
+        return dataclasses.replace(prompts, editing=concept.prompts) if concept.prompts else prompts
+
+    def text(self, concept: Concept, prompt: str) -> str:
+        """What pictures of a prompt are compared with: the concept's own text for it, else the prompt without words."""
+        if concept.texts and prompt in concept.prompts:
+            return concept.texts[concept.prompts.index(prompt)]
+        return without_words(prompt, [WORD, SECOND_WORD])
+
+    def words(self, row: Row, concept: Concept, options: TrainingOptions, seed: int) -> tuple[LearnedWord, ...]:
+        """The words that the row's pictures need."""
+        request = self.request
+        words = []
+        if row.source == "word":
+            step = options.steps if row.at_step is None else row.at_step
+            if row.at_step is not None and request.quick:
+                step = request.model.quick.scaled(row.at_step)
+            words.append(LearnedWord(self.training(concept, options, seed), step, WORD))
+        if row.second:
+            assert request.second is not None
+            plain = training_options(request.model, None, request.model.quick if request.quick else None)
+            words.append(LearnedWord(self.training(request.second, plain, seed), plain.steps, SECOND_WORD))
+        return tuple(words)
+
+    def training(self, concept: Concept, options: TrainingOptions, seed: int) -> Training:
+        """The training of a word."""
+        settings = {
+            "version": VERSION,
+            "weights": self.weights,
+            "config": self.config,
+            "pictures": concept.content(options.pictures),
+            "kind": concept.kind,
+            "init_word": options.init_word or concept.init_word,
+            "options": dataclasses.asdict(options),
+            "seed": seed,
+        }
+        return Training(Unit("train", plain(settings)), concept, options, seed)
+
+    def drawing(
+        self, row: Row, prompts: tuple[tuple[str, ...], ...], words: tuple[LearnedWord, ...], seed: int
+    ) -> Drawing:
+        """The pictures of a row."""
+        request = self.request
+        sampling = sampling_options(request.model, row, request.model.quick if request.quick else None)
+        depends_on = {field: value for field, value in dataclasses.asdict(sampling).items() if field != "batch_size"}
+        first = seed * SEED_STRIDE
+        settings = {
+            "version": VERSION,
+            "weights": self.weights,
+            "words": [[word.training.unit.key, word.step, word.name] for word in words],
+            "prompts": [list(texts) for texts in prompts],
+            "count": request.pictures,
+            "seed": first,
+            "sampling": depends_on,
+        }
+        return Drawing(Unit("draw", plain(settings)), words, prompts, request.pictures, first, sampling)
+
+    def scoring(
+        self, concept: Concept, options: TrainingOptions, drawing: Drawing | None, texts: tuple[str, ...]
+    ) -> Scoring:
+        """The scores of a drawing, or of the training pictures."""
+        table, second = self.request.table, self.request.second
+        count = options.pictures if table.reference == "training" else None
+        settings = {
+            "version": VERSION,
+            "drawing": drawing.unit.key if drawing else None,
+            "training": concept.content(count),
+            "second": second.content(options.pictures) if second else None,
+            "texts": list(texts),
+            "judges": self.judges,
+            "size": self.request.model.size,
+            "image_over": table.image_over,
+        }
+        pictures = second.pictures[: options.pictures] if second else ()
+        return Scoring(Unit("score", plain(settings)), drawing, texts, concept.pictures[:count], pictures, table)
+
+
+def wordings(row: Row, concept: Concept, prompts: Prompts) -> tuple[tuple[str, ...], ...]:
+    """The texts that are drawn for each prompt: with the word, without it, or with captions in its place."""
+    texts = (prompts.reconstruction, *prompts.editing)
+    if row.source == "no_word":
+        return tuple((without_words(text, [WORD]),) for text in texts)
+    if row.source == "captions":
+        captions: Sequence[str] = concept.captions[row.captions]
+        return tuple(tuple(in_place_of_word(text, caption) for caption in captions) for text in texts)
+    return tuple((text,) for text in texts)
+
+
+def in_place_of_word(prompt: str, caption: str) -> str:
+    """The prompt with a caption in the place of the word; "a * ..." and "a photo of *" both read well with "a mug"."""
+    begins_with_article = caption.split(" ", 1)[0].lower() in ("a", "an", "the")
+    for article in ("a ", "an ", "the ") if begins_with_article else ():
+        prompt = prompt.replace(f" {article}{WORD}", f" {WORD}")
+        if prompt.lower().startswith(f"{article}{WORD}"):
+            prompt = prompt[len(article) :]
+    return prompt.replace(WORD, caption.rstrip("."))
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values: tuples become lists, mappings dicts."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): convert(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [convert(item) for item in value]
+        return value
+
+    return convert(settings)
+
+
+def check_request(request: Request) -> None:
+    """Raise `ValueError` for what a request lacks: a word to start from, the second concept, captions."""
+    table = request.table
+    learns = any(row.source == "word" for row in table.rows)
+    for concept in request.concepts:
+        if learns and concept.init_word is None and "init_word" not in request.model.training:
+            raise ValueError(
+                f"concept '{concept.label}' names no word to start from: write `init_word: ...` to its concept.yaml"
+            )
+        if concept.texts and not concept.prompts:
+            raise ValueError(f"concept '{concept.label}' has texts but no prompts")
+    if any(row.second for row in table.rows) and request.second is None:
+        raise ValueError(f"{table.name} needs the concept '{table.second}' too")
+
+
+def missing_captions(request: Request) -> list[str]:
+    """Labels of the concepts that lack captions which the table's rows need."""
+    kinds: Iterable[str] = [row.captions for row in request.table.rows if row.source == "captions"]
+    return [c.label for c in request.concepts if any(not c.captions.get(kind) for kind in kinds)]

@@ -1,0 +1,171 @@
+"""From a table's name to its files: finds concepts and models, does what is missing, writes what is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from evaluation.cells import Store, shard
+from evaluation.concepts import Concept, check_concepts, read_concepts
+from evaluation.emoji_concepts import concept_sets, write_concepts
+from evaluation.experiments import ModelSpec, Table, read_model, read_table
+from evaluation.figures import write_figure
+from evaluation.gallery import Exhibit, make_gallery
+from evaluation.plan import Cell, Planner, Request, check_request, missing_captions
+from evaluation.report import write_report
+from evaluation.results import TableResult, collect
+from evaluation.tables import write_tables
+from evaluation.training_runs import TrainCommand
+from evaluation.workshop import Workshop
+from ldm.util import did_you_mean
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user asks for; None means what the model or the table says."""
+
+    table: str
+    model: str = "embedded"
+    models_file: str | None = None
+    concepts: str | None = None
+    names: Sequence[str] | None = None
+    seeds: Sequence[int] | None = None
+    pictures: int | None = None
+    checkpoint: str | None = None
+    weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    quick: bool = False
+    part: tuple[int, int] = (1, 1)
+    store: str = "outputs/evaluation"
+    out: str | None = None
+    device: str = "auto"
+    report_only: bool = False
+    command: str = ""
+
+    @property
+    def out_folder(self) -> Path:
+        """Where the table's files go."""
+        return Path(self.out) if self.out else Path("results") / Path(self.table).stem
+
+
+def reproduce(options: Options, train: TrainCommand) -> TableResult:
+    """Do what is missing of a table (or of this machine's share), and write its files."""
+    table = read_table(options.table, options.model)
+    model = chosen_model(options)
+    if table.kind != "inversion":
+        from evaluation.model_tables import reproduce_models
+
+        return reproduce_models(table, model, options)
+    store = Store(options.store)
+    request = make_request(options, table, model, store)
+    cells = Planner(request).cells()
+    mine = shard(cells, lambda cell: cell.group, options.part)
+    if not options.report_only:
+        log.info("%s on %s: %d cells%s", table.name, model.name, len(cells), share(options, len(mine)))
+        Workshop(model, store, train, options.device, options.weights).run(mine)
+    result = collect(request, cells, store, {"Command": options.command} if options.command else {})
+    write_result(result, options.out_folder, gallery_of(request, cells, store))
+    return result
+
+
+def share(options: Options, count: int) -> str:
+    """Says which share of the cells is this machine's."""
+    index, parts = options.part
+    return f", {count} of them in part {index} of {parts}" if parts > 1 else ""
+
+
+def write_result(result: TableResult, folder: Path, gallery: Sequence[Exhibit] = ()) -> list[Path]:
+    """Write the table in all formats, the figure and the report; returns the files."""
+    figure = write_figure(result, folder / "figure.png")
+    report = write_report(result, folder / "report.html", figure, gallery)
+    return [*write_tables(result, folder), *([figure] if figure else []), report]
+
+
+def gallery_of(request: Request, cells: Sequence[Cell], store: Store) -> list[Exhibit]:
+    """Pictures of the concepts whose cells are furthest on."""
+    finished = dict.fromkeys((concept.label for concept in request.concepts), 0)
+    for cell in cells:
+        finished[cell.concept.label] += store.is_done(cell.scoring.unit)
+    order = sorted(request.concepts, key=lambda concept: -finished[concept.label])
+    return make_gallery(dataclasses.replace(request, concepts=tuple(order)), cells, store)
+
+
+# ------------------------------------------------------------------------------------------------------- request
+
+
+def chosen_model(options: Options) -> ModelSpec:
+    """The model of models.yaml, with the weights that the user names."""
+    model = read_model(options.model, options.models_file)
+    for alias in options.weights:
+        if alias not in model.judges:
+            raise ValueError(f"{model.name} has no judge '{alias}'{did_you_mean(alias, model.judges)}")
+    return dataclasses.replace(model, checkpoint=options.checkpoint) if options.checkpoint else model
+
+
+def make_request(options: Options, table: Table, model: ModelSpec, store: Store) -> Request:
+    """The request that the options mean."""
+    concepts, second = find_concepts(options, table, model, store)
+    seeds = tuple(options.seeds or model.seeds)
+    if options.quick:
+        concepts = concepts[: model.quick.concepts]
+        seeds = seeds if options.seeds else seeds[: model.quick.seeds]
+    if options.pictures:
+        model = dataclasses.replace(model, pictures=options.pictures)
+    request = Request(table, model, tuple(concepts), seeds, second, options.quick, options.weights)
+    check_concepts(concepts)
+    check_request(request)
+    lacking = missing_captions(request)
+    if lacking:
+        log.warning("no captions for %s: their rows with captions are left out", ", ".join(lacking))
+    return request
+
+
+def find_concepts(
+    options: Options, table: Table, model: ModelSpec, store: Store
+) -> tuple[list[Concept], Concept | None]:
+    """The concepts to learn, and the table's second one."""
+    source = options.concepts or table.options.get("concepts") or model.concepts
+    if source is None:
+        raise ValueError(f"name the folder of concepts with --concepts: {model.name} comes with none")
+    sets = concept_sets()
+    names = options.names or table.options.get("names")
+    if str(source) in sets:
+        concepts = write_concepts(names or sets[str(source)], store.root / "concepts")
+    elif table.options.get("layout") == "dreambench_plus":
+        from evaluation.dreambench_plus import read_dreambench_plus
+
+        concepts = read_dreambench_plus(source, names)
+    elif Path(source).is_dir():
+        words = {**model.init_words, **table.options.get("init_words", {})}
+        concepts = read_concepts(source, names, words)
+        prompts = table.options.get("prompts_by_kind", {})
+        concepts = [with_prompts(concept, prompts, table) for concept in concepts]
+    else:
+        hint = did_you_mean(str(source), sets)
+        raise FileNotFoundError(f"--concepts {source} is neither a folder nor one of {', '.join(sets)}{hint}")
+    second = None
+    if table.second:
+        at = None if str(source) in sets else Path(str(source)) / table.second
+        second = read_concepts(at.parent, [table.second])[0] if at else second_concept(table.second, store)
+        concepts = [concept for concept in concepts if concept.label != table.second]
+    return concepts, second
+
+
+def second_concept(name: str, store: Store) -> Concept:
+    """A concept of the embedded picture world."""
+    return write_concepts([name], store.root / "concepts")[0]
+
+
+def with_prompts(concept: Concept, prompts: Mapping[str, Sequence[str]], table: Table) -> Concept:
+    """The concept with the prompts that the table has for its group, unless it has its own.
+
+    The groups are listed in the table's options as `groups: {live: [dog, cat]}`; the rest is "other".
+    """
+    if concept.prompts or not prompts:
+        return concept
+    groups: Mapping[str, Sequence[str]] = table.options.get("groups", {})
+    group = next((name for name, labels in groups.items() if concept.label in labels), "other")
+    return dataclasses.replace(concept, prompts=tuple(prompts[group]), category=group)

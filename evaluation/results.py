@@ -1,0 +1,154 @@
+"""From finished cells to a table: means, intervals, verdicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from evaluation.cells import Store
+from evaluation.claims import Finding, check_claims
+from evaluation.experiments import Row, Table
+from evaluation.plan import Cell, Request, missing_captions
+from evaluation.scoring import METRICS
+from evaluation.stats import FAILS, HOLDS, UNDECIDED, Bootstrap, Interval
+
+METRIC_LABELS = {
+    "image": "image similarity",
+    "text": "text similarity",
+    "text_mean": "text similarity (mean of cosines)",
+    "diversity": "diversity",
+    "nearest": "nearest training picture",
+    "nearest_max": "nearest, largest",
+    "image_distinct": "image similarity, no self-pairs",
+    "second_image": "similarity to the second concept",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TableResult:
+    """A table with our figures.
+
+    intervals: by (metric, row), at the table's scale; what is not there was not measured.
+    cells: one record for each finished cell, for those who want to compute something else.
+    facts: what the figures were made with, for people.
+    """
+
+    table: Table
+    intervals: Mapping[tuple[str, str], Interval]
+    findings: Sequence[Finding]
+    cells: Sequence[Mapping[str, Any]]
+    facts: Mapping[str, str]
+    done: int
+    total: int
+
+    def interval(self, metric: str, row: Row) -> Interval | None:
+        """Our figure of a row; None where it was not measured."""
+        return self.intervals.get((metric, row.name))
+
+    def metrics(self) -> list[str]:
+        """The table's columns, then the extra ones that were measured."""
+        measured = {metric for metric, _ in self.intervals}
+        wanted = dict.fromkeys((*self.table.columns, *self.table.extra))
+        return [metric for metric in wanted if metric in measured or metric in self.table.columns]
+
+    def label(self, metric: str) -> str:
+        """What a metric is called in the table."""
+        return self.table.labels.get(metric, METRIC_LABELS.get(metric, metric.replace("_", " ")))
+
+    def verdicts(self) -> dict[str, int]:
+        """How many claims hold, do not, are undecided."""
+        found = [finding.verdict for finding in self.findings]
+        return {verdict: found.count(verdict) for verdict in (HOLDS, FAILS, UNDECIDED)}
+
+
+def collect(request: Request, cells: Sequence[Cell], store: Store, facts: Mapping[str, str]) -> TableResult:
+    """The table from all cells that are done."""
+    table = request.table
+    records = []
+    for cell in cells:
+        result = store.result(cell.scoring.unit)
+        if result is not None:
+            record = {"row": cell.row.name, "concept": cell.concept.label, "seed": cell.seed}
+            if cell.concept.category:
+                record["category"] = cell.concept.category
+            records.append(record | result["metrics"])
+    known = {**describe(request), **facts}
+    return summarise(table, records, [c.label for c in request.concepts], request.seeds, known, len(cells))
+
+
+def summarise(
+    table: Table,
+    records: Sequence[Mapping[str, Any]],
+    concepts: Sequence[str],
+    seeds: Sequence[int],
+    facts: Mapping[str, str],
+    total: int,
+) -> TableResult:
+    """Means, intervals and verdicts of records {row, concept, seed, metric: value, ...}."""
+    values = arrays(records, concepts, seeds)
+    for (metric, _), array in values.items():
+        array *= table.scale.get(metric, 1.0)
+    bootstrap = Bootstrap(len(concepts), len(seeds))
+    means = {key: bootstrap.mean(array) for key, array in values.items()}
+    needed = {pair for claim in table.claims for pair in claim.rows()}
+    for pair in needed - set(values):
+        values[pair], means[pair] = np.full((len(concepts), len(seeds)), math.nan), math.nan
+    replicates = {pair: bootstrap.replicates(values[pair]) for pair in needed}
+    return TableResult(
+        table=table,
+        intervals={key: bootstrap.interval(array) for key, array in values.items() if not math.isnan(means[key])},
+        findings=check_claims(table.claims, means, replicates),
+        cells=list(records),
+        facts=facts,
+        done=len(records),
+        total=total,
+    )
+
+
+def arrays(
+    records: Sequence[Mapping[str, Any]], concepts: Sequence[str], seeds: Sequence[int]
+) -> dict[tuple[str, str], np.ndarray]:
+    """Values (concepts, seeds) by (metric, row); not-a-number where there is none."""
+    values: dict[tuple[str, str], np.ndarray] = {}
+    for record in records:
+        at = concepts.index(record["concept"]), seeds.index(record["seed"])
+        for metric, value in record.items():
+            if isinstance(value, float):
+                key = (metric, record["row"])
+                values.setdefault(key, np.full((len(concepts), len(seeds)), math.nan))[at] = value
+    return values
+
+
+def describe(request: Request) -> dict[str, str]:
+    """What a table was made with, for people."""
+    model = request.model
+    sampling, training = model.sampling, model.training
+    facts = {
+        "Model": model.label,
+        "Judge": ", ".join(model.judges.values()) + " (raw cosines unless a scale is named)",
+        "Concepts": f"{len(request.concepts)}: {', '.join(concept.label for concept in request.concepts)}",
+        "Seeds": ", ".join(map(str, request.seeds)),
+        "Pictures": f"{request.pictures} of each prompt",
+        "Sampling": ", ".join(f"{key} {value}" for key, value in sampling.items()),
+        "Training": ", ".join(f"{key} {value}" for key, value in training.items()),
+    }
+    if request.quick:
+        facts["Quick form"] = f"steps x {model.quick.steps:g}, {request.pictures} pictures: for a first look only"
+    lacking = missing_captions(request)
+    if lacking:
+        facts["Without captions"] = ", ".join(lacking)
+    return facts
+
+
+def metric_notes(result: TableResult) -> list[str]:
+    """One line on each metric of the table that has a definition."""
+    notes = []
+    for metric in result.metrics():
+        if metric in METRICS:
+            factor = result.table.scale.get(metric)
+            notes.append(f"{result.label(metric)}: {METRICS[metric]}" + (f", times {factor:g}" if factor else ""))
+    return notes

@@ -1,0 +1,184 @@
+"""Does the units of a table: trains what is missing, then draws, then scores."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaluation.cells import Progress, Store, Unit
+from evaluation.experiments import ModelSpec
+from evaluation.image_dirs import load_images
+from evaluation.judges import Judge, is_blind_to_text, load_judge
+from evaluation.metrics import self_similarity
+from evaluation.plan import Cell, Drawing, LearnedWord, Scoring
+from evaluation.scoring import score_features
+from evaluation.training_runs import TrainCommand, learn, quiet, word_file
+from ldm.generate_model import select_device
+
+log = logging.getLogger(__name__)
+
+AVERAGED_OVER_EDITING = ("text", "text_mean")
+FIRST_WORD = "*"  # the name under which every word is learned
+
+
+class Workshop:
+    """Holds what the units share: one model at a time, and the judges.
+
+    train: main.py's command.
+    weights: judges' local weight files, by alias.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        store: Store,
+        train: TrainCommand,
+        device: str = "auto",
+        weights: Mapping[str, str] | None = None,
+    ) -> None:
+        self.spec = model
+        self.store = store
+        self.train = train
+        self.device = device
+        self.weights = weights or {}
+        self._model: Any = None
+        self._judges: dict[str, Judge] = {}
+
+    def run(self, cells: Sequence[Cell], progress: Progress | None = None) -> None:
+        """Do all that is missing. One kind of work after the other, so that only one model is in memory."""
+        progress = progress or Progress(self.store)
+        trainings = {job.unit.key: job for cell in cells for job in cell.trainings}
+        drawings = {cell.drawing.unit.key: cell.drawing for cell in cells if cell.drawing is not None}
+        scorings = {cell.scoring.unit.key: cell.scoring for cell in cells}
+
+        def train(unit: Unit, folder: Path) -> Mapping[str, Any]:
+            return learn(trainings[unit.key], folder, self.spec, self.train, self.device)
+
+        def draw(unit: Unit, folder: Path) -> Mapping[str, Any]:
+            return self.draw(drawings[unit.key], folder)
+
+        def judge(unit: Unit, folder: Path) -> Mapping[str, Any]:
+            del folder
+            return self.score(scorings[unit.key])
+
+        progress.run("Trainings", [job.unit for job in trainings.values()], train)
+        progress.run("Drawings", [job.unit for job in drawings.values()], draw)
+        self.forget_model()
+        progress.run("Scores", [job.unit for job in scorings.values()], judge)
+
+    # --------------------------------------------------------------------------------------------------- drawing
+
+    @property
+    def model(self) -> Any:
+        """The base model, loaded when it is needed."""
+        if self._model is None:
+            from ldm.generate import load_model
+
+            log.info("Loading %s", self.spec.label)
+            with quiet("ldm"):
+                precision = str(self.spec.sampling.get("precision", "full"))
+                self._model = load_model(self.spec.checkpoint_path, device=self.device, precision=precision)
+        return self._model
+
+    def forget_model(self) -> None:
+        """Give the base model's memory back."""
+        self._model = None
+        gc.collect()
+
+    def draw(self, job: Drawing, folder: Path) -> dict[str, Any]:
+        """Draw the pictures that are not there yet."""
+        from ldm.generate import SamplingOptions, iter_images, save_png, to_uint8
+
+        missing = [entry for entry in job.jobs() if not job.file(folder, *entry[:2]).is_file()]
+        result = {"pictures": len(job.prompts) * job.count}
+        if not missing:
+            return result
+        self.load_words(job.words)
+        sampling = job.sampling
+        options = SamplingOptions(
+            sampling.sampler, sampling.steps, sampling.eta, sampling.scale, height=sampling.height, width=sampling.width
+        )
+        batches = iter_images(
+            self.model,
+            [text for _, _, text, _ in missing],
+            seeds=[seed for _, _, _, seed in missing],
+            options=options,
+            batch_size=sampling.batch_size,
+            precision=sampling.precision,
+        )
+        left = iter(missing)
+        for batch in batches:
+            for image in to_uint8(batch):
+                prompt, picture, text, seed = next(left)
+                save_png(image, job.file(folder, prompt, picture), {"prompt": text, "seed": seed})
+        return result
+
+    def load_words(self, words: Sequence[LearnedWord]) -> None:
+        """Give the model the learned words of a drawing."""
+        from ldm.generate_words import load_words
+
+        if not words:
+            return
+        files = []
+        for word in words:
+            unit = word.training.unit
+            files.append(word_file(self.store.folder(unit), word.step, self.store.result(unit) or {}))
+        with quiet("ldm"):
+            load_words(self.model, files, [(FIRST_WORD, word.name) for word in words])
+
+    # --------------------------------------------------------------------------------------------------- scoring
+
+    def judge(self, alias: str) -> Judge:
+        """The judge of that alias, loaded when it is needed."""
+        if alias not in self._judges:
+            name = self.spec.judges[alias]
+            self._judges[alias] = load_judge(name, self.weights.get(alias), select_device(self.device))
+        return self._judges[alias]
+
+    def score(self, job: Scoring) -> dict[str, Any]:
+        """Scores of every prompt, and of all prompts together as the table wants them."""
+        training = load_images(job.training, self.spec.size)  # as training sees them
+        second = load_images(job.second, self.spec.size) if job.second else None
+        per_prompt: list[dict[str, float]] = [{} for _ in job.texts]
+        for number, (alias, name) in enumerate(self.spec.judges.items()):
+            judge = self.judge(alias)
+            prefix = "" if number == 0 else f"{alias}_"
+            reference = judge.encode_image(training)
+            other = None if second is None else judge.encode_image(second)
+            for index, text in enumerate(job.texts):
+                made = reference if job.drawing is None else judge.encode_image(self.pictures(job, index))
+                words = None if is_blind_to_text(name) else judge.encode_text([text])
+                values = score_features(made, reference, words)
+                if job.drawing is None:
+                    values["image_distinct"] = self_similarity(made).item()
+                if other is not None:
+                    values["second_image"] = score_features(made, other)["image"]
+                per_prompt[index] |= {f"{prefix}{key}": value for key, value in values.items()}
+        return {"metrics": summary(per_prompt, job.table.image_over), "prompts": per_prompt}
+
+    def pictures(self, job: Scoring, prompt: int) -> Tensor:
+        """Drawn pictures (N, 3, H, W) of a prompt."""
+        assert job.drawing is not None
+        folder = self.store.folder(job.drawing.unit)
+        return load_images(job.drawing.file(folder, prompt, k) for k in range(job.drawing.count))
+
+
+def summary(per_prompt: Sequence[Mapping[str, float]], image_over: str) -> dict[str, float]:
+    """One value of each metric: text over the prompts for editing, the rest as the table says.
+
+    per_prompt: the prompt for reconstruction first.
+    """
+    editing = per_prompt[1:] or per_prompt
+    rest = per_prompt if image_over == "all" else per_prompt[:1]
+    values = {}
+    for metric in per_prompt[0]:
+        is_text = metric.endswith(AVERAGED_OVER_EDITING)
+        over = editing if is_text else per_prompt if metric.endswith("diversity") else rest
+        values[metric] = torch.tensor([prompt[metric] for prompt in over], dtype=torch.float64).mean().item()
+    return values

@@ -1,0 +1,385 @@
+"""A whole table on a tiny model: trained, drawn, scored, written; interruptions, changes, shards; shipped tables."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import main
+from evaluation.cells import Store
+from evaluation.claims import Claim
+from evaluation.concepts import read_concepts
+from evaluation.experiments import read_model, read_table, read_yaml, table_names, training_options
+from evaluation.plan import Planner, Request, in_place_of_word
+from evaluation.reproduce import Options, make_request, reproduce
+from evaluation.results import TableResult, summarise
+from evaluation.stats import HOLDS
+from evaluation.tables import to_csv, to_latex, to_markdown
+from evaluation.training_runs import overrides
+from evaluation.workshop import summary
+from ldm.resources import config_path
+from ldm.util import ConfigError
+from tests.test_scripts_sampling import ROOT, load
+from tests.tiny_evaluation import write_concept, write_concepts, write_judge, write_models_file
+
+TABLE = {
+    "title": "A small table",
+    "source": "nobody",
+    "columns": ["text", "image"],
+    "extra": ["diversity", "image_distinct"],
+    "plot": {"x": "text", "y": "image"},
+    "rows": {
+        "set": {"label": "training set", "source": "training_pictures", "published": {"text": 0.2, "image": 0.8}},
+        "bare": {"label": "prompt only", "source": "no_word"},
+        "said": {"label": "captions & co", "source": "captions", "captions": "short"},
+        "ours": {"label": "one word", "published": {"image": 0.7}},
+        "early": {"label": "one word, early", "training": {"save_every": 2}, "at_step": 2},
+        "late": {"label": "one word, late", "training": {"save_every": 2}},
+    },
+    "claims": [{"says": "The set is like itself", "holds_if": "image(set) > image(bare)"}],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Options:
+    """Options of the table on the tiny model; nothing is done yet."""
+    root = tmp_path_factory.mktemp("world")
+    (root / "small.yaml").write_text(yaml.safe_dump(TABLE))
+    return Options(
+        table=str(root / "small.yaml"),
+        model="tiny",
+        models_file=str(write_models_file(root, seeds=[0])),
+        concepts=str(write_concepts(root / "concepts")),
+        weights={"own": str(write_judge(root / "judge"))},
+        store=str(root / "store"),
+        out=str(root / "results"),
+        device="cpu",
+        command="python ...",
+    )
+
+
+@pytest.fixture(scope="module")
+def result(world: Options) -> TableResult:
+    """The table, done."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    table = reproduce(world, main.main)
+    torch.set_num_threads(threads)
+    return table
+
+
+def refuse(words: list[str]) -> None:
+    raise AssertionError(f"trained again: {words}")
+
+
+# -- a table -------------------------------------------------------------------------------------------------------
+
+
+def test_every_cell_is_done(result: TableResult):
+    assert (result.done, result.total) == (12, 12)
+    assert {record["row"] for record in result.cells} == set(TABLE["rows"])
+    itself = result.intervals["image", "set"]
+    assert itself.mean > result.intervals["image_distinct", "set"].mean
+    assert result.findings[0].verdict == HOLDS
+    for (metric, _), found in result.intervals.items():
+        assert metric == "diversity" or -1 <= found.mean <= 1 + 1e-6
+
+
+def test_the_files_of_a_table(result: TableResult, world: Options):
+    folder = world.out_folder
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"table.md", "table.csv", "cells.csv", "table.json", "table.tex", "figure.png", "report.html"}
+    record = json.loads((folder / "table.json").read_text())
+    assert record["rows"]["set"]["published"] == {"text": 0.2, "image": 0.8}
+    assert record["rows"]["set"]["ours"]["image"]["mean"] == pytest.approx(
+        result.intervals["image", "set"].mean, abs=1e-6
+    )
+    assert record["claims"][0]["verdict"] == "holds"
+    with (folder / "cells.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 12
+    markdown = (folder / "table.md").read_text()
+    assert "python ..." in markdown
+    assert "| one word | " in markdown
+    with Image.open(folder / "figure.png") as figure:
+        assert figure.width > 400
+    page = (folder / "report.html").read_text()
+    assert "captions &amp; co" in page
+    assert page.count("data:image/jpeg;base64,") == 2 * 6  # two concepts: training pictures and five drawn rows
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)  # the page needs no other file
+
+
+def test_nothing_is_computed_twice(result: TableResult, world: Options):
+    again = reproduce(world, refuse)
+    assert again.intervals == result.intervals
+
+
+def test_a_changed_setting_recomputes_only_its_cells(result: TableResult, world: Options, tmp_path: Path):
+    del result
+    changed = yaml.safe_load(Path(world.table).read_text())
+    changed["rows"]["late"]["training"]["vectors"] = 2
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(changed))
+    trained: list[list[str]] = []
+
+    def train(words: list[str]) -> None:
+        trained.append(words)
+        main.main(words)
+
+    options = dataclasses.replace(world, table=str(tmp_path / "small.yaml"), out=str(tmp_path / "out"), names=["cat"])
+    reproduce(options, train)
+    assert len(trained) == 1
+    assert "model.params.personalization_config.params.num_vectors_per_token=2" in trained[0]
+
+
+def test_rows_that_share_a_training_share_its_states(world: Options, result: TableResult):
+    del result
+    store, table = Store(world.store), read_table(world.table)
+    request = make_request(world, table, read_model("tiny", world.models_file), store)
+    cells = {cell.row.name: cell for cell in Planner(request).cells() if cell.concept.label == "cat"}
+    assert cells["early"].trainings[0].unit.key == cells["late"].trainings[0].unit.key
+    assert cells["early"].drawing.unit.key != cells["late"].drawing.unit.key
+    folder = store.folder(cells["late"].trainings[0].unit)
+    assert {path.name for path in folder.glob("*.pt")} == {"embeddings_gs-2.pt", "embeddings_gs-4.pt"}
+    assert not (folder / "run").exists()
+    assert len(list((folder / "pictures").iterdir())) == 2
+
+
+def test_an_interrupted_training_goes_on(world: Options, tmp_path: Path):
+    options = dataclasses.replace(world, store=str(tmp_path / "store"), out=str(tmp_path / "out"), names=["cat"])
+
+    def stop_midway(words: list[str]) -> None:
+        send = {"target": "tests.tiny_run.SignalAt", "params": {"step": 1, "name": "SIGINT"}}
+        main.main([*words, f"+lightning.callbacks.send={send}"])
+
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(options, stop_midway)
+    calls: list[list[str]] = []
+
+    def train(words: list[str]) -> None:
+        calls.append(words)
+        main.main(words)
+
+    result = reproduce(options, train)
+    assert calls[0][0] == "-r"
+    assert [call[0] for call in calls[1:]] == ["--base"]
+    assert (result.done, result.total) == (6, 6)
+
+
+def test_shards_together_do_everything_once(world: Options, tmp_path: Path):
+    options = dataclasses.replace(world, store=str(tmp_path / "store"), out=str(tmp_path / "out"))
+    table = read_yaml(Path(world.table))
+    table["rows"] = {name: table["rows"][name] for name in ("set", "bare")}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(table))
+    options = dataclasses.replace(options, table=str(tmp_path / "two.yaml"))
+    done = [reproduce(dataclasses.replace(options, part=(index, 2)), refuse).done for index in (1, 2)]
+    assert done == [2, 4]
+    assert "Not finished" not in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_quick_does_less(world: Options):
+    model = read_model("tiny", world.models_file)
+    request = make_request(dataclasses.replace(world, quick=True), read_table(world.table), model, Store(world.store))
+    assert (len(request.concepts), request.seeds, request.pictures) == (1, (0,), 1)
+    cells = {cell.row.name: cell for cell in Planner(request).cells()}
+    assert cells["ours"].trainings[0].options.steps == 2
+    assert cells["early"].drawing.words[0].step == 1
+
+
+def test_the_command_writes_what_is_there(result: TableResult, world: Options, capsys: pytest.CaptureFixture[str]):
+    del result
+    command = load("reproduce_tables")
+    command.main([
+        "--table", world.table, "--model", "tiny", "--models", world.models_file, "--concepts", world.concepts,
+        "--scorer_weights", f"own={world.weights['own']}", "--store", world.store, "--out", world.out, "--report_only",
+        "--device", "cpu",
+    ])  # fmt: skip
+    said = capsys.readouterr().out
+    assert "| one word |" in said
+    assert "The set is like itself" in said
+    assert said.strip().endswith("report.html")
+
+
+def test_the_list_of_tables(capsys: pytest.CaptureFixture[str]):
+    load("reproduce_tables").main(["--list"])
+    said = capsys.readouterr().out
+    assert "figure10" in said
+    assert "--model embedded" in said
+
+
+def test_help_needs_no_torch(tmp_path: Path):
+    command = [sys.executable, "-X", "importtime", str(ROOT / "scripts" / "reproduce_tables.py"), "--help"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert "python scripts/reproduce_tables.py" in result.stdout
+    assert " torch" not in result.stderr
+
+
+# -- what led to it ------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_each_source(world: Options):
+    request = make_request(world, read_table(world.table), read_model("tiny", world.models_file), Store(world.store))
+    cells = {cell.row.name: cell for cell in Planner(request).cells()}
+    assert cells["ours"].drawing.prompts == (("a photo of *",), ("* on the beach",), ("two *",))
+    assert cells["bare"].drawing.prompts == (("a photo of",), ("on the beach",), ("two",))
+    assert cells["said"].drawing.prompts[1] == ("a red thing on the beach", "a round thing on the beach")
+    assert cells["set"].drawing is None
+    for cell in cells.values():
+        assert cell.scoring.texts == ("a photo of", "on the beach", "two")
+
+
+def test_captions_bring_their_own_article():
+    assert in_place_of_word("a * backpack", "a red mug.") == "a red mug backpack"
+    assert in_place_of_word("a photo of a *", "the mug") == "a photo of the mug"
+    assert in_place_of_word("a photo of a *", "red mug") == "a photo of a red mug"
+
+
+def test_the_paper_variants_as_overrides(world: Options):
+    model = read_model("tiny", world.models_file)
+    rows = {row.name: row for row in read_table("figure10").rows}
+
+    def said(name: str) -> dict:
+        return overrides(training_options(model, rows[name]), "object")
+
+    manager = "model.params.personalization_config.params"
+    assert said("high_lr")["model.base_learning_rate"] == pytest.approx(2e-2)
+    assert said("low_lr")["model.base_learning_rate"] == pytest.approx(1e-4)
+    assert said("regularised")["model.params.embedding_reg_weight"] == 0.1
+    assert "model.params.embedding_reg_weight" not in said("ours")
+    assert said("per_image_tokens")[f"{manager}.per_image_tokens"]
+    assert said("per_image_tokens")["data.params.train.params.per_image_tokens"]
+    assert said("three_words")[f"{manager}.num_vectors_per_token"] == 3
+    assert said("three_progressive")[f"{manager}.progressive_every"] == 2  # 40 % of 4 steps
+    assert overrides(training_options(model, rows["ours"]), "style")["data.params.train.params.templates"] == "style"
+
+
+def test_means_over_prompts():
+    prompts = [
+        {"image": 0.9, "text": 0.1, "diversity": 0.2, "dino_image": 0.5},
+        {"image": 0.5, "text": 0.2, "diversity": 0.4, "dino_image": 0.3},
+        {"image": 0.1, "text": 0.4, "diversity": 0.6, "dino_image": 0.1},
+    ]
+    first = summary(prompts, "reconstruction")
+    assert first == pytest.approx({"image": 0.9, "text": 0.3, "diversity": 0.4, "dino_image": 0.5})
+    assert summary(prompts, "all")["image"] == pytest.approx(0.5)
+    assert summary(prompts[:1], "reconstruction")["text"] == pytest.approx(0.1)
+
+
+def test_missing_cells_are_said(world: Options):
+    table = read_table(world.table)
+    records = [{"row": "set", "concept": "cat", "seed": 0, "image": 0.5}]
+    result = summarise(table, records, ["cat", "mug"], [0], {}, 12)
+    assert "Not finished: 1 of 12" in to_markdown(result)
+    assert "| one word | – | – | – | 0.700 |" in to_markdown(result)
+    assert "0.500 & 0.800" in to_latex(result)
+    assert r"captions \& co" in to_latex(result)
+    assert "set,training set,,,,0.2,0.5,,,0.8" in to_csv(result)
+
+
+def test_a_scale_is_for_display_and_claims_alike(world: Options):
+    table = dataclasses.replace(read_table(world.table), scale={"text": 2.5}, claims=(Claim("", "text(set) > 0.6"),))
+    records = [{"row": "set", "concept": c, "seed": 0, "text": 0.25 + 0.001 * k} for k, c in enumerate("abcdef")]
+    result = summarise(table, records, list("abcdef"), [0], {}, 6)
+    assert result.intervals["text", "set"].mean == pytest.approx(2.5 * 0.2525)
+    assert result.findings[0].verdict == HOLDS
+    assert "times 2.5" in to_markdown(result)
+
+
+# -- mistakes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": {}}, "no rows"),
+        ({"rows": {"ours": {"lable": "x"}}}, "did you mean 'label'"),
+        ({"rows": {"ours": {"source": "words"}}}, "source 'words'"),
+        ({"rows": {"ours": {"source": "captions"}}}, "goes with"),
+        ({"rows": {"ours": {"training": {"step": 3}}}}, "did you mean 'steps'"),
+        ({"rows": {"ours": {"second": True}}}, "no `second` concept"),
+        ({"claims": [{"says": "", "holds_if": "image(our) > 0"}]}, "did you mean 'ours'"),
+        ({"kind": "inversions"}, "none of inversion"),
+        ({"image_over": "some"}, "image_over 'some'"),
+        ({"titel": ""}, "did you mean 'title'"),
+    ],
+)
+def test_mistakes_in_a_table_are_named(change: dict, message: str, tmp_path: Path):
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump({**TABLE, "claims": [], **change}))
+    with pytest.raises(ConfigError, match=message):
+        read_table(str(tmp_path / "t.yaml"))
+
+
+def test_mistakes_on_the_command_line(world: Options, tmp_path: Path):
+    with pytest.raises(ValueError, match="did you mean 'figure10'"):
+        read_table("figure_10")
+    with pytest.raises(ValueError, match="there is no model 'tini'.*did you mean 'tiny'"):
+        read_model("tini", world.models_file)
+    with pytest.raises(FileNotFoundError, match="neither a folder"):
+        reproduce(dataclasses.replace(world, concepts="nowhere"), refuse)
+    with pytest.raises(ValueError, match="has no judge 'clip'"):
+        reproduce(dataclasses.replace(world, weights={"clip": "x"}), refuse)
+    write_concept(tmp_path / "thing", 0)
+    with pytest.raises(ValueError, match="names no word to start from"):
+        reproduce(dataclasses.replace(world, concepts=str(tmp_path)), refuse)
+    command = load("reproduce_tables")
+    with pytest.raises(ValueError, match="say which table"):
+        command.parse_args([])
+    with pytest.raises(ValueError, match="write ALIAS=FILE"):
+        command.parse_args(["--table", "figure10", "--scorer_weights", "ViT.pt"])
+    with pytest.raises(ValueError, match="write i/n"):
+        command.main(["--table", "figure10", "--shard", "3"])
+
+
+# -- what comes along ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", table_names())
+def test_shipped_tables_are_sound(name: str):
+    for model in ("embedded", "ldm", "sd15"):
+        table = read_table(name, model)
+        assert table.title
+        assert table.source
+        for row in table.rows:
+            assert row.label != row.name or len(row.name) < 12
+            assert set(row.published) <= {*table.columns, *table.extra}, row.name
+    assert re.match(r"# \w", config_path(f"evaluation/{name}.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", ["embedded", "ldm", "sd15"])
+def test_shipped_models_are_sound(name: str):
+    model = read_model(name)
+    assert model.config_file.is_file()
+    assert training_options(model, None).steps >= 500
+    for prompts in model.prompts.values():
+        assert all("*" in prompt for prompt in (prompts["reconstruction"], *prompts["editing"]))
+
+
+def test_published_orderings_hold_for_the_published_figures():
+    table = read_table("figure10")
+    published = {(metric, row.name): value for row in table.rows for metric, value in row.published.items()}
+    for claim in table.claims:
+        assert claim.difference(lambda metric, row: published[metric, row]) > 0, claim.says
+
+
+def test_cells_depend_on_the_judge_but_trainings_do_not(world: Options, tmp_path: Path):
+    judge = tmp_path / "judge"
+    shutil.copytree(world.weights["own"], judge)
+    (judge / "model.safetensors").write_bytes((judge / "model.safetensors").read_bytes() + b" ")
+    table, model = read_table(world.table), read_model("tiny", world.models_file)
+    concepts = tuple(read_concepts(world.concepts))
+    cells = [
+        Planner(Request(table, model, concepts, (0,), weights={"own": str(folder)})).cells()[3]
+        for folder in (world.weights["own"], judge)
+    ]
+    assert cells[0].trainings[0].unit.key == cells[1].trainings[0].unit.key
+    assert cells[0].drawing.unit.key == cells[1].drawing.unit.key
+    assert cells[0].scoring.unit.key != cells[1].scoring.unit.key
