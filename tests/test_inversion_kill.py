@@ -25,7 +25,7 @@ STOP = "lightning.callbacks.stop"
 VALIDATION = {"target": "ldm.data.personalized.PersonalizedBase", "params": {"size": 32, "set": "val"}}
 
 
-def config(folder: Path, repeats: int = 2, **trainer: Any) -> Path:
+def config(folder: Path, repeats: int = 4, **trainer: Any) -> Path:
     """Draws of every kind: flips, templates, words of single pictures, noise; saves after every step."""
     made = inversion_config()
     manager = made["model"]["params"]["personalization_config"]["params"]
@@ -33,6 +33,7 @@ def config(folder: Path, repeats: int = 2, **trainer: Any) -> Path:
     data = made["data"]["params"]
     data["train"]["params"] |= {"per_image_tokens": True, "mixing_prob": 0.5, "repeats": repeats}
     data |= {"validation": VALIDATION, "num_workers": 1}
+    made["lightning"]["callbacks"]["fixed_validation"] = {"params": {"every_n_train_steps": 50}}
     made["lightning"]["modelcheckpoint"]["params"]["every_n_train_steps"] = 1
     made["lightning"]["trainer"] |= {"accumulate_grad_batches": 2, **trainer}
     return write_config(folder / "killed.yaml", made)
@@ -74,7 +75,7 @@ def test_ten_kills_at_random_moments(tmp_path: Path):
         # every third time at a moment of the start-up, else once steps are being logged
         while number % 3 and len(list(run.rglob("metrics.csv"))) == before and time.monotonic() < deadline:
             time.sleep(0.02)
-        time.sleep(choose.uniform(0, 4 if number % 3 else 20))
+        time.sleep(choose.uniform(0, 4 if number % 3 else 8))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         found = list(run.rglob("checkpoints/last.ckpt"))
