@@ -19,9 +19,9 @@ from tests.conftest import DATA
 from tests.tiny_run import COLOURS, RGB, only_run, run_main
 
 CONFIGS = DATA / "configs"
-SIZE = 32
+SIZE = 16
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / colour).mkdir()
         for number in range(16):
             picture = np.full((SIZE, SIZE, 3), 110, np.uint8)
-            side = int(random.integers(14, 22))
-            x, y = random.integers(0, SIZE - side, 2)
+            side = 2 * int(random.integers(3, 6))  # on the grid of the latents, which is quickly learnt
+            x, y = 2 * random.integers(0, (SIZE - side) // 2 + 1, 2)
             picture[y : y + side, x : x + side] = as_bytes(colour)
             Image.fromarray(picture).save(folder / colour / f"{number}.png")
             rows.append({"file_name": f"{colour}/{number}.png", "text": f"a {colour} square"})
@@ -87,7 +87,7 @@ def colour_of(path: Path) -> str:
     return min(COLOURS, key=lambda colour: float(np.abs(vivid - as_bytes(colour)).sum()))
 
 
-@pytest.mark.parametrize(("name", "psnr"), [("kl", 20.0), ("vq", 17.0)])
+@pytest.mark.parametrize(("name", "psnr"), [("kl", 22.0), ("vq", 18.0)])
 def test_first_stages_reconstruct(name: str, psnr: float, trained: Callable[..., Path]):
     run = trained(name)
     assert last_value(run, "val/psnr") > psnr
@@ -127,7 +127,7 @@ def test_text_conditional_model_draws_the_text(trained: Callable[..., Path], tmp
     right = []
     for colour in COLOURS:
         words = ["--prompt", f"a {colour} square", "--ckpt_path", str(run), "--outdir", str(tmp_path / colour)]
-        size = ["--H", str(SIZE), "--W", str(SIZE), "--n_samples", "4", "--ddim_steps", "20", "--scale", "3"]
+        size = ["--H", str(SIZE), "--W", str(SIZE), "--n_samples", "4", "--ddim_steps", "20", "--scale", "1"]
         draw([*words, *size, "--device", "cpu"])
         pictures = [p for p in (tmp_path / colour).rglob("*.png") if Image.open(p).size == (SIZE, SIZE)]
         assert len(pictures) == 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import pickle
 import re
 import signal
@@ -22,9 +22,8 @@ from ldm.callbacks.steps import require_finite, trained_vectors
 from ldm.checkpoint import open_checkpoint, save_safely
 from ldm.data.templates import per_img_token_list
 
-log = logging.getLogger(__name__)
-
 LAST = "last.ckpt"
+STOPPING = b"\nStopping: a checkpoint is saved after this step (Ctrl-C again stops at once, without it)\n"
 RESERVED = ("best",)  # embeddings_best.pt is another file
 
 
@@ -72,6 +71,7 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(dirpath) / LAST
         self.every_n_train_steps = every_n_train_steps
         self.every_n_minutes = every_n_minutes
+        self.speaks = True
         self.save_requested = False
         self.stop_requested = False
         self.saved_step = -1
@@ -87,6 +87,7 @@ class LastCheckpoint(Checkpoint):
         del pl_module
         self.previous_step = self.saved_step = trainer.global_step
         self.saved_at = time.monotonic()
+        self.speaks = trainer.is_global_zero
         for unfinished in self.path.parent.glob(f".{LAST}.*.tmp") if trainer.is_global_zero else ():
             unfinished.unlink(missing_ok=True)  # of an earlier part of the run that was killed while saving
         if threading.current_thread() is not threading.main_thread():
@@ -125,7 +126,8 @@ class LastCheckpoint(Checkpoint):
         if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.save_requested = self.stop_requested = True
-        log.warning("Stopping: a checkpoint is saved after this step (Ctrl-C again stops at once, without it)")
+        if self.speaks:
+            os.write(2, STOPPING)  # not by logging: the signal may have come in the middle of a line of the log
 
     # -- saving --------------------------------------------------------------------------------------------------
 
