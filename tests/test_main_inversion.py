@@ -17,6 +17,8 @@ from tests.tiny_run import assert_same_state, last_checkpoint, only_run, run_mai
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SIGINT_BEFORE = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
+
 
 @pytest.fixture(scope="module")
 def learned(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -98,4 +100,4 @@ def test_an_unknown_initial_word(tmp_path: Path):
 
 def test_signals_are_given_back(learned: Path):
     del learned
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is SIGINT_BEFORE
