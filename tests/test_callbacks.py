@@ -284,3 +284,27 @@ def test_checkpoint_files_are_read_without_running_them(tmp_path: Path):
         cb.SafeCheckpointIO().load_checkpoint(path)
     with pytest.raises(FileNotFoundError):
         cb.SafeCheckpointIO().load_checkpoint(tmp_path / "none.ckpt")
+
+
+# ---------------------------------------------------------------------------------------------- progress bar
+
+
+def test_bar_of_a_run_that_goes_on_counts_from_there(tmp_path: Path):
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            bar = trainer.progress_bar_callback.train_progress_bar
+            seen.append((bar.initial, bar.total))
+
+    def trainer(steps: int) -> pl.Trainer:
+        return pl.Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+            callbacks=[cb.ProgressBar(), Look()], default_root_dir=tmp_path,
+        )  # fmt: skip
+
+    seen: list[tuple[int, int]] = []
+    data = DataLoader([{"image": torch.zeros(1, 2)} for _ in range(8)], batch_size=1)
+    first = trainer(3)
+    first.fit(Inversion(), data)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    trainer(5).fit(Inversion(), data, ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+    assert seen == [(0, 3)] * 3 + [(3, 5)] * 2

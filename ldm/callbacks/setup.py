@@ -124,6 +124,26 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self) -> None:
         super().__init__(refresh_rate=1 if sys.stderr.isatty() else 50)
 
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Open the bar."""
+        super().on_train_start(trainer, *args)
+        self._count_from_here(trainer)  # a run that goes on within an epoch may see no start of an epoch
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Begin the bar anew."""
+        super().on_train_epoch_start(trainer, *args)
+        self._count_from_here(trainer)
+
+    def _count_from_here(self, trainer: pl.Trainer) -> None:
+        """Set the bar to the batches done and to do in this epoch; its rate counts those of this process only."""
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        total = float(trainer.num_training_batches)
+        if trainer.max_steps >= 0:
+            left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+            total = min(total, done + left)
+        self.train_progress_bar.reset(int(total) if math.isfinite(total) else None)
+        self.train_progress_bar.initial = self.train_progress_bar.n = done
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Return the logged values to show."""
         metrics = super().get_metrics(trainer, pl_module)
