@@ -67,6 +67,8 @@ class ImageEncoder(nn.Module):
                 inner = width
         self.layers = nn.Sequential(*layers)
         self.project = nn.Linear(inner, embed_dim, bias=False)
+        # Styles look different on every object, so a straight projection of the features is not enough.
+        self.refine = nn.Sequential(nn.Linear(inner, 4 * inner), nn.GELU(), nn.Linear(4 * inner, embed_dim, bias=False))
 
     def features(self, images: Tensor) -> Tensor:
         """What the last level finds in pictures (B, 3, H, W): (B, C)."""
@@ -77,9 +79,13 @@ class ImageEncoder(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         return self.layers(F.relu(self.norm(self.stem(x)))).mean((2, 3))  # (B, C)
 
+    def embed(self, features: Tensor) -> Tensor:
+        """Vectors (B, D) of any length from features (B, C)."""
+        return self.project(features) + self.refine(features)
+
     def forward(self, images: Tensor) -> Tensor:
         """Embed pictures (B, 3, H, W) as vectors (B, D) of any length."""
-        return self.project(self.features(images))
+        return self.embed(self.features(images))
 
 
 class TextEncoder(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,9 +36,14 @@ class Figure:
 
 
 def figure(name: str, values: Sequence[float] | Tensor, groups: Sequence[str], resamples: int = 1000) -> Figure:
-    """Mean of `values` with the interval of a bootstrap over `groups` (pictures of one object go together)."""
+    """Mean of `values` with the interval of a bootstrap over `groups` (pictures of one object go together).
+
+    Values that are not a number are left out.
+    """
     array = np.asarray(values, dtype=float)
-    keys, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    there = ~np.isnan(array)
+    array = array[there]
+    keys, group_of = np.unique(np.asarray(groups)[there], return_inverse=True)
     sums, sizes = np.bincount(group_of, array), np.bincount(group_of)
     picked = np.random.default_rng(0).integers(len(keys), size=(resamples, len(keys)))
     means = sums[picked].sum(1) / sizes[picked].sum(1)
@@ -78,7 +84,7 @@ def caption_ranks(scorer: Scorer, pictures: Pictures, images: Tensor, names: Seq
 
 
 def pair_similarities(vectors: Tensor, pictures: Pictures) -> tuple[list[float], list[float], list[float], list[float]]:
-    """What pictures have in common with others, four numbers for each picture that has all it needs.
+    """What pictures have in common with others: four numbers for each picture, nan where others are lacking.
 
     Mean cosine with pictures of its object in other styles on other backgrounds; with pictures of other objects;
     with those of other objects in its style or on its background; and how often the first are above the second.
@@ -94,12 +100,11 @@ def pair_similarities(vectors: Tensor, pictures: Pictures) -> tuple[list[float],
         partners = cosines[i][own & (styles != styles[i]) & (grounds != grounds[i])]
         rest = cosines[i][~own]
         alike = cosines[i][~own & ((styles == styles[i]) | (grounds == grounds[i]))]
-        if not partners.size or not alike.size:
-            raise ValueError(f"too few pictures of '{names[i]}' to compare: compose more of them")
-        same.append(float(partners.mean()))
-        different.append(float(rest.mean()))
-        setting.append(float(alike.mean()))
-        above.append(float((partners[:, None] > rest).mean()))
+        complete = partners.size and alike.size
+        same.append(float(partners.mean()) if complete else math.nan)
+        different.append(float(rest.mean()) if complete else math.nan)
+        setting.append(float(alike.mean()) if complete else math.nan)
+        above.append(float((partners[:, None] > rest).mean()) if complete else math.nan)
     return same, different, setting, above
 
 

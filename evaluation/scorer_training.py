@@ -48,6 +48,7 @@ CHECKPOINT = "last.pt"
 LOG_EVERY = 20
 SCENE_PHRASES = {scene: words for words, scene in SCENES.items()}
 PAIR_TEMPERATURE = 0.1
+KIND_WEIGHTS = (1.0, 1.0, 0.3, 0.5)  # object, style, background (learned at once), drawing
 HARD_WORDS = re.compile(r"\b(two|three|small|left|right|top|bottom)\b")
 
 
@@ -68,7 +69,7 @@ class TrainOptions:
     bf16: encode in bfloat16, twice as fast on processors that have it.
     """
 
-    steps: int = 4000
+    steps: int = 5000
     name_steps: int = 1600
     easy_steps: int = 600
     name_batch: int = 192
@@ -82,7 +83,7 @@ class TrainOptions:
     pair_weight: float = 0.5
     head_weight: float = 0.5
     word_dropout: float = 0.04
-    clean: float = 0.15
+    clean: float = 0.25
     bf16: bool = True
     seed: int = 0
     save_minutes: float = 3.0
@@ -107,14 +108,16 @@ class Batches:
         for row, name in enumerate(pictures.names):
             by_name.setdefault(name, []).append(row)
         self.names = sorted(by_name)
+        drawn = list(zip(pictures.names, pictures.styles, strict=True))
+        drawings = sorted(set(drawn))
         self.pairable = {i: rows for i, name in enumerate(self.names) if len(rows := by_name[name]) > 1}
         self.tokens, self.keep = scorer.tokenize(pictures.captions)
-        classes = (self.names, list(STYLES), list(BACKGROUNDS))
+        classes: tuple[list[Any], ...] = (self.names, list(STYLES), list(BACKGROUNDS), drawings)
         self.classes = tuple(len(c) for c in classes)
         index = [{name: i for i, name in enumerate(c)} for c in classes]
-        shown = (pictures.names, pictures.styles, pictures.backgrounds)
+        shown: tuple[list[Any], ...] = (pictures.names, pictures.styles, pictures.backgrounds, drawn)
         columns = [[of.get(name, -1) for name in names] for of, names in zip(index, shown, strict=True)]
-        self.labels = torch.tensor(columns).T  # (N, 3): object, style, background; -1: none of the classes
+        self.labels = torch.tensor(columns).T  # (N, 4); -1: none of the classes
         captions = enumerate(zip(pictures.captions, pictures.others, strict=True))
         self.easy = np.array([i for i, (c, other) in captions if not other and not HARD_WORDS.search(c)])
 
@@ -127,7 +130,7 @@ class Batches:
         return self._captioned(rng, generator)
 
     def _named(self, easy: bool, rng: np.random.Generator, generator: torch.Generator) -> dict[str, Any]:
-        """Pictures (B, 3, S / 2, S / 2) and their labels (B, 3)."""
+        """Pictures (B, 3, S / 2, S / 2) and their labels (B, 4)."""
         rows = rng.choice(self.easy if easy else len(self.pictures), self.options.name_batch)
         images = F.avg_pool2d(self.pictures.images(rows), 2)
         return {"images": self._disturbed(images, rng, generator, 0.5 if easy else 1.0), "labels": self.labels[rows]}
@@ -143,10 +146,10 @@ class Batches:
         tokens = self.tokens[rows][:, :length].clone()
         tokens[torch.rand(tokens.shape, generator=generator) < self.options.word_dropout] = UNKNOWN
         labels = self.labels[rows]
-        prompt_labels = torch.cat([torch.arange(count).repeat(2)[:, None], labels[:, 1:]], dim=1)
+        prompt_labels = torch.cat([torch.arange(count).repeat(2)[:, None], labels[:, 1:3]], dim=1)
         prompts = self.scorer.tokenize(self._prompts([self.names[i] for i in objects], rng))
         return {"images": images, "labels": labels, "tokens": tokens, "keep": keep[:, :length], "prompts": prompts,
-                "prompt_labels": prompt_labels, "counts": (count, *self.classes[1:])}  # fmt: skip
+                "prompt_labels": prompt_labels, "counts": (count, *self.classes[1:3])}  # fmt: skip
 
     def _disturbed(
         self, images: Tensor, rng: np.random.Generator, generator: torch.Generator, strength: float = 1.0
@@ -168,18 +171,16 @@ class Batches:
         ]
 
 
-def losses(scorer: Scorer, heads: nn.Linear, batch: dict[str, Any], options: TrainOptions) -> dict[str, Tensor]:
+def losses(scorer: Scorer, heads: nn.ModuleList, batch: dict[str, Any], options: TrainOptions) -> dict[str, Tensor]:
     """The loss and its parts.
 
-    `heads` (linear classifiers of object, style and background) alone in the first part of the training; `clip`
-    (captions), `label` (prompts of object, style and background) and `pair` too in the second.
+    `heads` (linear classifiers of object, style, background and drawing) alone in the first part of the training;
+    `clip` (captions), `label` (prompts of object, style and background) and `pair` too in the second.
     """
     with torch.autocast(batch["images"].device.type, torch.bfloat16, enabled=options.bf16):
         features = scorer.image_encoder.features(batch["images"])  # (B, C)
-        logits = heads(features).float()  # (B, classes of all kinds)
-    classes = (logits.shape[1] - len(STYLES) - len(BACKGROUNDS), len(STYLES), len(BACKGROUNDS))
-    kinds = zip(logits.split(classes, dim=1), batch["labels"].unbind(1), (1.0, 0.5, 0.3), strict=True)
-    classified = sum((weight * _cross_entropy(scores, labels) for scores, labels, weight in kinds), torch.zeros(()))
+        logits = [head(features).float() for head in heads]  # (B, classes) of each kind
+    classified = _named(logits, batch["labels"])
     if "tokens" not in batch:
         return {"loss": classified, "heads": classified}
     parts = {"heads": classified, **_language_losses(scorer, features, batch, options)}
@@ -194,16 +195,17 @@ def _language_losses(
 
     scale = scorer.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
     with torch.autocast(features.device.type, torch.bfloat16, enabled=options.bf16):  # cosines stay float32
-        images = F.normalize(scorer.image_encoder.project(features).float(), dim=-1)  # (2 P, D)
+        images = F.normalize(scorer.image_encoder.embed(features).float(), dim=-1)  # (2 P, D)
         captions = scorer.encode_rows(batch["tokens"], batch["keep"])  # (2 P, D)
         prompts = scorer.encode_rows(*batch["prompts"])  # (P + styles + backgrounds, D)
-    kinds = zip(prompts.split(batch["counts"]), batch["prompt_labels"].unbind(1), strict=True)
-    named = [_cross_entropy(scale * images @ names.T, labels) for names, labels in kinds]
-    return {
-        "clip": ClipLoss()(images, captions, scale),
-        "label": sum(named, torch.zeros(())),
-        "pair": pair_loss(images),
-    }
+    named = _named([scale * images @ names.T for names in prompts.split(batch["counts"])], batch["prompt_labels"])
+    return {"clip": ClipLoss()(images, captions, scale), "label": named, "pair": pair_loss(images)}
+
+
+def _named(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Loss of naming K kinds of things, the first K of `KIND_WEIGHTS`: logits (B, classes) of each, labels (B, K)."""
+    of_kinds = [_cross_entropy(*of_kind) for of_kind in zip(logits, labels.unbind(1), strict=True)]
+    return sum((weight * loss for weight, loss in zip(KIND_WEIGHTS, of_kinds, strict=False)), torch.zeros(()))
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -230,9 +232,10 @@ def learning_rate(step: int, options: TrainOptions) -> float:
 class Run:
     """A training run: model, classifiers, optimiser and progress, saved in and resumed from `folder`."""
 
-    def __init__(self, scorer: Scorer, classes: int, options: TrainOptions, folder: Path | None) -> None:
+    def __init__(self, scorer: Scorer, classes: Sequence[int], options: TrainOptions, folder: Path | None) -> None:
         self.scorer, self.options, self.folder = scorer, options, folder
-        self.heads = nn.Linear(scorer.image_encoder.project.in_features, classes, bias=False)
+        width = scorer.image_encoder.project.in_features
+        self.heads = nn.ModuleList(nn.Linear(width, count, bias=False) for count in classes)
         parameters = [*scorer.parameters(), *self.heads.parameters()]
         decayed = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay}
         others = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
@@ -294,7 +297,7 @@ def train(scorer: Scorer, pictures: Pictures, options: TrainOptions, folder: str
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     batches = Batches(scorer, pictures, options)
-    run = Run(scorer, sum(batches.classes), options, folder)
+    run = Run(scorer, batches.classes, options, folder)
     scorer.train()
     history = []
     saved = time.monotonic()

@@ -167,7 +167,7 @@ def test_batches_pair_objects_and_label_what_is_shown(scorer: Scorer, pictures: 
     assert batch["images"].shape == (16, 3, 16, 16)
     assert batch["prompt_labels"][:, 0].tolist() == [*range(8), *range(8)]
     assert torch.equal(batch["labels"][:8, 0], batch["labels"][8:, 0])
-    assert torch.equal(batch["labels"][:, 1:], batch["prompt_labels"][:, 1:])
+    assert torch.equal(batch["labels"][:, 1:3], batch["prompt_labels"][:, 1:])
     assert batch["counts"] == (8, len(STYLES), len(BACKGROUNDS))
     assert len(batch["prompts"][0]) == sum(batch["counts"])
 
@@ -176,7 +176,7 @@ def test_losses_are_least_for_vectors_that_match(scorer: Scorer, pictures: Pictu
     eye = torch.eye(4)
     assert pair_loss(torch.cat([eye, eye])) < 1e-3 < 1 < pair_loss(torch.cat([eye, eye.roll(1, 0)]))
     batches = Batches(scorer, pictures, OPTIONS)
-    heads = torch.nn.Linear(16, sum(batches.classes), bias=False)
+    heads = torch.nn.ModuleList(torch.nn.Linear(16, count) for count in batches.classes)
     parts = losses(scorer, heads, batches.draw(4), OPTIONS)
     total = parts["clip"] + 0.5 * (parts["heads"] + parts["label"] + parts["pair"])
     torch.testing.assert_close(parts["loss"], total)
@@ -237,6 +237,9 @@ def test_pair_similarities_keep_objects_and_settings_apart():
     np.testing.assert_allclose(different, [0.3, 0.78, 0.3, 0.78], atol=1e-6)
     np.testing.assert_allclose(setting, [0.0, 0.96, 0.0, 0.96], atol=1e-6)
     assert above == [1.0, 0.5, 1.0, 0.5]
+    alone = dataclasses.replace(shown, styles=["noto"] * 4)
+    assert np.isnan(pair_similarities(vectors, alone)[0]).all()
+    assert figure("x", [1.0, float("nan")], ["cat", "owl"]).count == 1
 
 
 @needs_weights
