@@ -261,6 +261,8 @@ def build_callbacks(plan: RunPlan, model: pl.LightningModule, options: dict[str,
     chosen: dict[str, Any] = to_plain(plan.lightning.get("callbacks")) or {}
     if getattr(model, "inverts", False) and not options.get("fast_dev_run"):
         defaults |= _progress_callbacks(plan, chosen, every or 500, "embedding_checkpoint" in defaults)
+        # the sample grids show the same for less, so it draws only where a config asks for it
+        defaults["image_logger"]["disabled"] = "image_logger" not in chosen
     if "metrics_over_trainsteps_checkpoint" in chosen:
         defaults["metrics_over_trainsteps_checkpoint"] = {
             "dirpath": plan.checkpoint_dir / "trainstep_checkpoints",
@@ -328,6 +330,8 @@ def best_checkpoints(
     `last.ckpt` is `LastCheckpoint`'s; so without a metric there is nothing to do unless `save_top_k` is given.
     """
     params = dict(config.get("params") or {})
+    if getattr(model, "inverts", False) and "save_top_k" not in params:
+        return []  # FixedValidation keeps the best vectors
     params.pop("save_last", None)
     monitor = params.get("monitor", getattr(model, "monitor", None))
     validates = "validation" in (plan.config.data.get("params") or {}) and options.get("limit_val_batches") != 0

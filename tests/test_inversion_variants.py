@@ -10,7 +10,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.data.templates import per_img_token_list
+from ldm.callbacks.validation import held_out
+from ldm.data.emoji import NEUTRAL_PHRASES
+from ldm.data.personalized import PersonalizedBase
+from ldm.data.templates import TEMPLATE_SETS, per_img_token_list
 from ldm.modules.embedding_io import read_embeddings
 from ldm.resources import config_path, shipped_configs
 from ldm.util import check_params, get_obj_from_str, instantiate_from_config, to_plain
@@ -57,6 +60,32 @@ def test_variants_fit_the_base_configs(base: str, variant: str):
         check_params(target, get_obj_from_str(target), params)
     with torch.device("meta"):
         instantiate_from_config(without_files(merged["model"]))
+
+
+def test_the_configs_of_the_embedded_model_differ_in_what_makes_a_style():
+    thing, style = (
+        dict(_leaves(OmegaConf.load(config_path(name)))) for name in ("finetune.yaml", "finetune_style.yaml")
+    )
+    assert thing.keys() == style.keys()
+    differ = {key.split(".")[-1] for key in thing if thing[key] != style[key]}
+    assert differ == {"initializer_words", "target", "templates"}
+
+
+def test_the_sentences_of_the_embedded_model_are_in_the_words_of_its_captions():
+    known = {word for phrase in NEUTRAL_PHRASES for word in phrase.split()} | {"a", "{}"}
+    assert {word for sentence in TEMPLATE_SETS["emoji"][0] for word in sentence.split()} <= known
+    assert len(set(TEMPLATE_SETS["emoji"][0])) == len(TEMPLATE_SETS["emoji"][0])
+
+
+@pytest.mark.parametrize("name", ["finetune.yaml", "finetune_style.yaml"])
+def test_validation_sentences_are_not_trained_on(name: str):
+    config = OmegaConf.load(config_path(name))
+    params = to_plain(config.data.params.train.params)
+    target = get_obj_from_str(config.data.params.train.target)
+    dataset: PersonalizedBase = target(data_root=END_TO_END / "images", **params)
+    chosen = config.lightning.callbacks.fixed_validation.params.templates
+    assert not set(held_out(dataset, list(chosen))) & set(dataset.templates)
+    assert not set(held_out(dataset)) & set(dataset.templates)
 
 
 def _leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:

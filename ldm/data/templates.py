@@ -94,6 +94,21 @@ style_dual_templates_small: list[str] = [
     "a large painting in the style of {} with {}",
 ]
 
+# In the words of the embedded model's captions (`ldm.data.emoji`), to which "cropped", "weird" or "the" are unknown.
+emoji_templates: list[str] = [
+    "a photo of {}",
+    "a photo of a {}",
+    "a picture of {}",
+    "a picture of a {}",
+    "an image of a {}",
+    "a drawing of {}",
+    "{}",
+    "a {}",
+]
+emoji_style_templates: list[str] = [
+    f"{work} in the style of {{}}" for work in ("a picture", "an image", "a photo", "something", "an object")
+]
+
 # One word for each single picture: the Hebrew letters, each one token of the BERT vocabulary.
 per_img_token_list: list[str] = list("אבגדהוזחטיכלמנסעפצקרשת")
 
@@ -103,4 +118,6 @@ TEMPLATE_SETS: dict[str, tuple[list[str], list[str]]] = {
     "paper": (imagenet_templates_paper, imagenet_dual_templates_small),
     "smallest": (imagenet_templates_smallest, imagenet_dual_templates_small),
     "style": (style_templates_small, style_dual_templates_small),
+    "emoji": (emoji_templates, [f"{sentence} with {{}}" for sentence in emoji_templates]),
+    "emoji-style": (emoji_style_templates, [f"{sentence} with {{}}" for sentence in emoji_style_templates]),
 }
