@@ -2,7 +2,10 @@
 
 `text(ours) > text(three_words)` compares two rows; `image(ours) - image(image_only)` and the like are sums with
 numbers as factors, `abs(...)` is allowed. An ordering holds when the bootstrap interval of (left - right) is above 0,
-does not when it is below 0, and is undecided otherwise.
+does not when it is below 0, and is undecided otherwise. With `every: true` it must hold for each concept by itself:
+the interval is that of the concept for which it holds least.
+
+A measure is such a sum by itself, as `(image(ours) - image(bare)) / (image(set) - image(bare))`.
 """
 
 from __future__ import annotations
@@ -30,10 +33,14 @@ Lookup = Callable[[str, str], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """An ordering in words and as an inequality such as `text(ours) > text(three_words)`."""
+    """An ordering in words and as an inequality such as `text(ours) > text(three_words)`.
+
+    every: whether it is said of each concept, and not of their mean.
+    """
 
     says: str
     holds_if: str
+    every: bool = False
 
     def difference(self, look_up: Lookup) -> np.ndarray:
         """Left minus right side of `a > b`, or right minus left of `a < b`, for values from `look_up(metric, row)`."""
@@ -42,14 +49,7 @@ class Claim:
 
     def rows(self) -> set[tuple[str, str]]:
         """The (metric, row) pairs that the inequality names."""
-        found: set[tuple[str, str]] = set()
-
-        def note(metric: str, row: str) -> np.ndarray:
-            found.add((metric, row))
-            return np.ones(1)
-
-        self.difference(note)
-        return found
+        return _named(self.difference)
 
     def _sides(self) -> tuple[ast.expr, int, ast.expr]:
         try:
@@ -59,6 +59,38 @@ class Claim:
         if not isinstance(tree, ast.Compare) or len(tree.ops) != 1 or not isinstance(tree.ops[0], ast.Gt | ast.Lt):
             raise ConfigError(f"'{self.holds_if}' is no inequality of the form metric(row) > metric(row)")
         return tree.left, 1 if isinstance(tree.ops[0], ast.Gt) else -1, tree.comparators[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A figure made of others, such as the share of a gap that is closed."""
+
+    says: str
+    value: str
+
+    def compute(self, look_up: Lookup) -> np.ndarray:
+        """The figure for values from `look_up(metric, row)`."""
+        try:
+            tree = ast.parse(self.value.strip(), mode="eval").body
+        except SyntaxError as error:
+            raise ConfigError(f"'{self.value}' is no sum of metric(row) and numbers") from error
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(_value(tree, look_up, self.value), dtype=float)
+
+    def rows(self) -> set[tuple[str, str]]:
+        """The (metric, row) pairs that it is made of."""
+        return _named(self.compute)
+
+
+def _named(compute: Callable[[Lookup], Any]) -> set[tuple[str, str]]:
+    found: set[tuple[str, str]] = set()
+
+    def note(metric: str, row: str) -> np.ndarray:
+        found.add((metric, row))
+        return np.ones(1)
+
+    compute(note)
+    return found
 
 
 def _value(node: ast.expr, look_up: Lookup, text: str) -> Any:
@@ -79,15 +111,31 @@ def _value(node: ast.expr, look_up: Lookup, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A claim and what the results say about it."""
+    """A claim and what the results say about it.
+
+    concepts: for how many concepts it holds by itself (mean over their seeds), of how many; None if that is not known.
+    """
 
     claim: Claim
     difference: Interval
+    concepts: tuple[int, int] | None = None
 
     @property
     def verdict(self) -> str:
         """Holds, does not, or undecided."""
         return self.difference.verdict
+
+
+def look_up_in(table: Mapping[tuple[str, str], Any]) -> Lookup:
+    """Looks values up by (metric, row); raises `ConfigError` for what is not there."""
+
+    def look_up(metric: str, row: str) -> np.ndarray:
+        if (metric, row) not in table:
+            known = [f"{m}({r})" for m, r in table]
+            raise ConfigError(f"no '{metric}({row})' in the table{did_you_mean(f'{metric}({row})', known)}")
+        return np.asarray(table[metric, row])
+
+    return look_up
 
 
 def check_claims(
@@ -96,18 +144,23 @@ def check_claims(
     replicates: Mapping[tuple[str, str], np.ndarray],
 ) -> list[Finding]:
     """Decide every claim from means and bootstrap replicates (R,) by (metric, row)."""
-
-    def look_up_in(table: Mapping[tuple[str, str], Any]) -> Lookup:
-        def look_up(metric: str, row: str) -> np.ndarray:
-            if (metric, row) not in table:
-                known = [f"{m}({r})" for m, r in table]
-                raise ConfigError(f"no '{metric}({row})' in the table{did_you_mean(f'{metric}({row})', known)}")
-            return np.asarray(table[metric, row])
-
-        return look_up
-
     findings = []
     for claim in claims:
         mean = float(claim.difference(look_up_in(means)))
         findings.append(Finding(claim, interval(mean, claim.difference(look_up_in(replicates)))))
     return findings
+
+
+def add_concepts(finding: Finding, by_concept: Mapping[tuple[str, str], np.ndarray], sampled: Lookup) -> Finding:
+    """The finding with the number of concepts for which it holds; decided anew if it is said of every concept.
+
+    by_concept: means over the seeds (C,) by (metric, row). sampled: `(metric, row)` -> the same with resampled seeds
+    (R, C).
+    """
+    differences = finding.claim.difference(look_up_in(by_concept))  # (C,)
+    known = ~np.isnan(differences)
+    concepts = (int((differences[known] > 0).sum()), int(known.sum()))
+    if not finding.claim.every:
+        return dataclasses.replace(finding, concepts=concepts)
+    least = finding.claim.difference(sampled).min(1)  # (R,), not-a-number while a concept is missing
+    return Finding(finding.claim, interval(float(differences.min()), least), concepts)

@@ -51,9 +51,6 @@ class Concept:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"concept '{self.label}': kind '{self.kind}' is neither {' nor '.join(KINDS)}")
-        missing = [prompt for prompt in self.prompts if WORD not in prompt]
-        if missing:
-            raise ConfigError(f"concept '{self.label}': the prompt '{missing[0]}' has no {WORD} for the word")
         if self.texts and len(self.texts) != len(self.prompts):
             raise ConfigError(f"concept '{self.label}': {len(self.texts)} texts for {len(self.prompts)} prompts")
 
@@ -80,6 +77,9 @@ def read_concept(folder: str | Path, defaults: Mapping[str, Any] | None = None) 
         lines = (folder / PROMPTS_FILE).read_text(encoding="utf-8-sig").splitlines()
         values["prompts"] = [line.strip().replace("{}", WORD) for line in lines if line.strip()]
     values |= {key: tuple(values[key]) for key in ("prompts", "texts") if key in values}
+    missing = [prompt for prompt in values.get("prompts", ()) if WORD not in prompt]
+    if missing:
+        raise ConfigError(f"concept '{folder.name}': the prompt '{missing[0]}' has no {WORD} for the word")
     return Concept(folder.name, tuple(find_images(folder)), **values)
 
 

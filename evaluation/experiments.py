@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from evaluation.claims import Claim
+from evaluation.claims import Claim, Measure
 from evaluation.concepts import KINDS, WORD
 from ldm.resources import TABLES, config_path, resource_root
 from ldm.run import read_config
@@ -19,8 +19,8 @@ from ldm.util import ConfigError, did_you_mean, to_plain
 
 T = TypeVar("T")
 MODELS = "models"
-TABLE_KINDS = ("inversion", "first_stages", "text_to_image")
-SOURCES = ("word", "no_word", "captions", "training_pictures")
+TABLE_KINDS = ("inversion", "first_stages", "text_to_image", "user_study")
+SOURCES = ("word", "no_word", "initial_word", "captions", "training_pictures", "published")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TrainingOptions:
     regularised: bool = False
     regularisation: float = 0.0  # weight of the squared distance to the initial word, where `regularised`
     pictures: int | None = None  # how many of the concept's pictures to learn from; default: all
-    init_word: str | None = None  # instead of the concept's own
+    init_word: str | None = None  # instead of the concept's own; "" starts from a random vector
     templates: str | None = None  # for objects; styles have their own
     save_every: int | None = None  # steps between two kept states (default: only the last)
     precision: str | None = None
@@ -119,8 +119,9 @@ class ModelSpec:
 class Row:
     """One line of a table.
 
-    source: what makes the pictures: a learned word, the prompt without it, captions by people in its place, or none:
-        the training pictures themselves.
+    source: what makes the pictures: a learned word, the prompt without it, the word that training starts from or
+        captions by people in its place, none (the training pictures themselves), or others ("published": figures only).
+    prompts: `{class}` in them is the concept's initial word.
     second: also load the table's second concept as `@`.
     at: position on the axis of a sweep.
     """
@@ -150,8 +151,11 @@ class Table:
     """A table or figure to reproduce.
 
     columns: metrics to show beside the published ones; `extra`: metrics to show only.
-    image_over: "reconstruction" or "all": the prompts whose pictures count for image similarity.
+    image_over: "reconstruction", "editing" or "all": the prompts whose pictures count for image similarity.
     reference: "training" or "all": the pictures of the concept that they are compared with.
+    self_pairs: whether training pictures, compared with themselves, count pairs of a picture and itself.
+    judges: instead of the model's.
+    text_word: "class" compares with the prompt that has the initial word in the learned one's place; default: none.
     plot: {x, y} two metrics, or {x: at, y: [metrics]} for a sweep, with `label` for its axis.
     scale: factors for display, such as CLIPScore's 2.5; the published figures are given at that scale.
     """
@@ -164,6 +168,8 @@ class Table:
     columns: tuple[str, ...] = ("text", "image")
     extra: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
+    measures: tuple[Measure, ...] = ()
+    by_concept: bool = False  # whether to show the columns for each concept, too
     notes: tuple[str, ...] = ()
     plot: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -171,7 +177,9 @@ class Table:
     image_over: str = "reconstruction"
     reference: str = "training"
     second: str | None = None  # the concept whose word is `@`
-    concept_kind: str | None = None
+    self_pairs: bool = True
+    judges: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    text_word: str | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def row(self, name: str) -> Row:
@@ -249,6 +257,9 @@ def read_table(name: str, model: str | None = None) -> Table:
         build(Row, {"label": key, **(row or {}), "name": key}, f"{path.name}: row '{key}'") for key, row in rows.items()
     )
     values["claims"] = tuple(build(Claim, claim, f"{path.name}: claims") for claim in values.get("claims", ()))
+    values["measures"] = tuple(
+        build(Measure, measure, f"{path.name}: measures") for measure in values.get("measures", ())
+    )
     for key in ("columns", "extra", "notes"):
         if key in values:
             values[key] = tuple(values[key])
@@ -276,16 +287,23 @@ def check_table(table: Table, where: str) -> None:
         raise ConfigError(f"{where}: kind '{table.kind}' is none of {', '.join(TABLE_KINDS)}")
     if not table.rows:
         raise ConfigError(f"{where}: the table has no rows")
-    for key, choices in (("image_over", ("reconstruction", "all")), ("reference", ("training", "all"))):
-        if getattr(table, key) not in choices:
-            raise ConfigError(f"{where}: {key} '{getattr(table, key)}' is neither {' nor '.join(choices)}")
+    choices = {
+        "image_over": ("reconstruction", "editing", "all"),
+        "reference": ("training", "all"),
+        "text_word": (None, "class"),
+    }
+    for key, known in choices.items():
+        if getattr(table, key) not in known:
+            raise ConfigError(f"{where}: {key} '{getattr(table, key)}' is neither {' nor '.join(map(str, known))}")
     names = [row.name for row in table.rows]
     for row in table.rows:
         check_row(row, table, where)
-    for claim in table.claims:
-        for _, name in claim.rows():
+    said = {claim.holds_if: claim.rows() for claim in table.claims}
+    said |= {measure.value: measure.rows() for measure in table.measures}
+    for text, pairs in said.items():
+        for _, name in pairs:
             if name not in names:
-                raise ConfigError(f"{where}: '{claim.holds_if}' names no row{did_you_mean(name, names)}: '{name}'")
+                raise ConfigError(f"{where}: '{text}' names no row{did_you_mean(name, names)}: '{name}'")
 
 
 def check_row(row: Row, table: Table, where: str) -> None:

@@ -1,10 +1,11 @@
-"""Strips of pictures for the report: what each row drew for some concepts."""
+"""Pictures of a table for people: strips for the report, and all of them sorted into folders."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
 import io
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from PIL import Image
 
 from evaluation.cells import Store
 from evaluation.plan import Cell, Request
-from ldm.generate_files import make_grid
+from ldm.generate_files import make_grid, slug
 
 TILE = 96  # pixels of one picture in a strip
 RECONSTRUCTIONS, EDITS = 4, 5
+TRAINING = "training"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,32 @@ def chosen_tiles(cell: Cell, store: Store) -> list[tuple[str, Path]]:
     chosen = [(texts[0][0], cell.drawing.file(folder, 0, k)) for k in range(min(RECONSTRUCTIONS, cell.drawing.count))]
     edits = range(1, min(len(texts), EDITS + 1))
     return chosen + [(texts[p][0], cell.drawing.file(folder, p, 0)) for p in edits]
+
+
+def export_pictures(request: Request, cells: Sequence[Cell], store: Store, folder: Path) -> Path:
+    """Copy the first seed's pictures to `<folder>/<row>/<concept>/<prompt>/`, training pictures to `training/`.
+
+    Each prompt's folder has its text, without the word, in `prompt.txt`.
+    """
+    for concept in request.concepts:
+        for number, picture in enumerate(concept.pictures):
+            copy(picture, folder / TRAINING / concept.label / f"{number:02}{picture.suffix.lower()}")
+    for cell in cells:
+        if cell.drawing is None or cell.seed != request.seeds[0] or not store.is_done(cell.drawing.unit):
+            continue
+        drawn = store.folder(cell.drawing.unit)
+        for prompt, text in enumerate(cell.scoring.texts):
+            target = folder / cell.row.name / cell.concept.label / f"{prompt:02}-{slug(text)}"
+            for k in range(cell.drawing.count):
+                copy(cell.drawing.file(drawn, prompt, k), target / f"{k:03}.png")
+            (target / "prompt.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file into a folder that is made if need be."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
 
 
 def picture_address(files: Iterable[Path]) -> str:

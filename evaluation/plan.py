@@ -26,6 +26,7 @@ from ldm.generate_model import find_model_files
 
 VERSION = 1  # to be raised when a change of the code makes earlier results wrong
 SECOND_WORD = "@"
+CLASS = "{class}"  # in prompts: the concept's initial word
 SEED_STRIDE = 1_000_003  # between the sampling seeds of two training seeds
 
 
@@ -112,11 +113,12 @@ class Request:
     second: Concept | None = None
     quick: bool = False
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)  # judges' weight files, by alias
+    count: int | None = None  # pictures of each prompt, where the user asks for some number
 
     @property
     def pictures(self) -> int:
         """Pictures of each prompt."""
-        count = int(self.table.options.get("pictures", self.model.pictures))
+        count = self.count or int(self.table.options.get("pictures", self.model.pictures))
         return min(count, self.model.quick.pictures) if self.quick else count
 
 
@@ -142,6 +144,7 @@ class Planner:
             for seed in request.seeds
             for concept in request.concepts
             for row in request.table.rows
+            if row.source != "published"
             if row.source != "captions" or concept.captions.get(row.captions)
         ]
 
@@ -159,14 +162,19 @@ class Planner:
         return Cell(row, concept, seed, tuple(word.training for word in words), drawing, scoring)
 
     def prompts(self, row: Row, concept: Concept) -> Prompts:
-        """The row's prompts; those for editing are the concept's own where it has some."""
+        """The row's prompts; those for editing are the concept's own where it has some and the row says none."""
         prompts = prompts_for(self.request.model, concept.kind, row)
-        return dataclasses.replace(prompts, editing=concept.prompts) if concept.prompts else prompts
+        if concept.prompts and not (row.prompts and "editing" in row.prompts):
+            prompts = dataclasses.replace(prompts, editing=concept.prompts)
+        named = [text.replace(CLASS, concept.init_word or "") for text in (prompts.reconstruction, *prompts.editing)]
+        return Prompts(named[0], tuple(named[1:]))
 
     def text(self, concept: Concept, prompt: str) -> str:
         """What pictures of a prompt are compared with: the concept's own text for it, else the prompt without words."""
         if concept.texts and prompt in concept.prompts:
             return concept.texts[concept.prompts.index(prompt)]
+        if self.request.table.text_word == "class" and concept.init_word:
+            prompt = prompt.replace(WORD, concept.init_word)
         return without_words(prompt, [WORD, SECOND_WORD])
 
     def words(self, row: Row, concept: Concept, options: TrainingOptions, seed: int) -> tuple[LearnedWord, ...]:
@@ -192,7 +200,7 @@ class Planner:
             "config": self.config,
             "pictures": concept.content(options.pictures),
             "kind": concept.kind,
-            "init_word": options.init_word or concept.init_word,
+            "init_word": concept.init_word if options.init_word is None else options.init_word,
             "options": dataclasses.asdict(options),
             "seed": seed,
         }
@@ -232,14 +240,17 @@ class Planner:
             "judges": self.judges,
             "size": self.request.model.size,
             "image_over": table.image_over,
+            "self_pairs": table.self_pairs,
         }
         pictures = second.pictures[: options.pictures] if second else ()
         return Scoring(Unit("score", plain(settings)), drawing, texts, concept.pictures[:count], pictures, table)
 
 
 def wordings(row: Row, concept: Concept, prompts: Prompts) -> tuple[tuple[str, ...], ...]:
-    """The texts that are drawn for each prompt: with the word, without it, or with captions in its place."""
+    """The texts that are drawn for each prompt: with the word, without it, or with something in its place."""
     texts = (prompts.reconstruction, *prompts.editing)
+    if row.source == "initial_word":
+        return tuple((text.replace(WORD, concept.init_word or ""),) for text in texts)
     if row.source == "no_word":
         return tuple((without_words(text, [WORD]),) for text in texts)
     if row.source == "captions":
@@ -275,8 +286,9 @@ def check_request(request: Request) -> None:
     """Raise `ValueError` for what a request lacks: a word to start from, the second concept, captions."""
     table = request.table
     learns = any(row.source == "word" for row in table.rows)
+    named = any(row.source == "initial_word" or CLASS in str(row.prompts) for row in table.rows)
     for concept in request.concepts:
-        if learns and concept.init_word is None and "init_word" not in request.model.training:
+        if concept.init_word is None and (named or (learns and "init_word" not in request.model.training)):
             raise ValueError(
                 f"concept '{concept.label}' names no word to start from: write `init_word: ...` to its concept.yaml"
             )

@@ -7,12 +7,23 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from evaluation.claims import Finding
 from evaluation.concepts import WORD
 from evaluation.experiments import Row
 from evaluation.gallery import Exhibit
 from evaluation.results import TableResult, metric_notes
 from evaluation.stats import FAILS, HOLDS, UNDECIDED
-from evaluation.tables import DASH, is_published, method_note, number, progress_note, with_interval, write_text
+from evaluation.tables import (
+    DASH,
+    concept_lines,
+    is_published,
+    method_note,
+    number,
+    progress_note,
+    share,
+    with_interval,
+    write_text,
+)
 
 SIGNS = {HOLDS: ("holds", "✓"), FAILS: ("fails", "✗"), UNDECIDED: ("open", "?")}
 STYLE = """
@@ -38,6 +49,7 @@ ul.claims { list-style: none; margin: 0; padding: 0; }
 .claims .figure { text-align: right; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; border-top: 1px solid var(--line); text-align: right; white-space: nowrap; }
+.wide th { white-space: normal; min-width: 5rem; }
 th:first-child, td:first-child { text-align: left; } thead th { border-top: 0; vertical-align: bottom; }
 tbody tr:hover { background: var(--band); } td .soft { font-size: .8rem; }
 td.published, th.published { color: var(--published); } td.ours b { color: var(--ours); }
@@ -63,6 +75,7 @@ def to_html(result: TableResult, figure: bytes | None = None, gallery: Sequence[
         html_figure(figure),
         html_claims(result),
         html_table(result),
+        html_concepts(result),
         html_gallery(gallery),
         html_facts(result),
     ]
@@ -97,11 +110,20 @@ def html_claims(result: TableResult) -> str:
         items.append(
             f'<li><span class="verdict {kind}">{sign} {finding.verdict}</span>'
             f"<span>{escape(finding.claim.says)}<br><code>{escape(finding.claim.holds_if)}</code></span>"
-            f'<span class="figure">{escape(with_interval(finding.difference, 4))}</span></li>'
+            f'<span class="figure">{escape(with_interval(finding.difference, 4))}{html_share(finding)}</span></li>'
         )
+    measures = "".join(
+        f'<p class="measure">{escape(says)}: <b>{escape(with_interval(found))}</b></p>'
+        for says, found in result.measures.items()
+    )
     listed = f'<ul class="claims">{"".join(items)}</ul>'
     note = f'<p class="soft small">{escape(method_note(result))}</p>'
-    return f"<h2>What the paper claims</h2>\n{listed}\n{note}"
+    return f"<h2>What the paper claims</h2>\n{measures}{listed}\n{note}"
+
+
+def html_share(finding: Finding) -> str:
+    """For how many concepts a claim holds by itself."""
+    return "" if finding.concepts is None else f'<br><small class="soft">{share(finding)} concepts</small>'
 
 
 def html_figure(figure: bytes | None) -> str:
@@ -146,6 +168,17 @@ def html_cells(result: TableResult, row: Row, metrics: Sequence[str]) -> list[st
         if is_published(result, metric):
             cells.append(f'<td class="published">{number(row.published.get(metric))}</td>')
     return cells
+
+
+def html_concepts(result: TableResult) -> str:
+    """The table by concept, where it is wanted."""
+    if not result.table.by_concept or not result.concepts:
+        return ""
+    header, *lines = concept_lines(result)
+    head = "".join(f"<th>{escape(word)}</th>" for word in header)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(word)}</td>' for word in line)}</tr>" for line in lines)
+    table = f'<table class="wide"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<h2>By concept</h2>\n<div class="scroll">{table}</div>'
 
 
 def html_gallery(gallery: Sequence[Exhibit]) -> str:

@@ -12,7 +12,7 @@ from evaluation.concepts import Concept, check_concepts, read_concepts
 from evaluation.emoji_concepts import concept_sets, write_concepts
 from evaluation.experiments import ModelSpec, Table, read_model, read_table
 from evaluation.figures import write_figure
-from evaluation.gallery import Exhibit, make_gallery
+from evaluation.gallery import Exhibit, export_pictures, make_gallery
 from evaluation.plan import Cell, Planner, Request, check_request, missing_captions
 from evaluation.report import write_report
 from evaluation.results import TableResult, collect
@@ -44,6 +44,11 @@ class Options:
     device: str = "auto"
     report_only: bool = False
     command: str = ""
+    second: str | None = None  # instead of the table's second concept
+    data: str | None = None  # pictures for tables of whole models
+    inception_weights: str | None = None
+    ratings: str | None = None  # of DreamBench++
+    export: str | None = None  # folder to copy all pictures to, by row, concept and prompt
 
     @property
     def out_folder(self) -> Path:
@@ -54,12 +59,14 @@ class Options:
 def reproduce(options: Options, train: TrainCommand) -> TableResult:
     """Do what is missing of a table (or of this machine's share), and write its files."""
     table = read_table(options.table, options.model)
-    model = chosen_model(options)
-    if table.kind != "inversion":
-        from evaluation.model_tables import reproduce_models
-
-        return reproduce_models(table, model, options)
+    if options.second:
+        table = dataclasses.replace(table, second=options.second)
+    if table.kind == "user_study":
+        raise ValueError(f"{table.name} is answered by people: see scripts/user_study.py --help")
+    model = chosen_model(options, table)
     store = Store(options.store)
+    if table.kind != "inversion":
+        return reproduce_models(table, model, options, store)
     request = make_request(options, table, model, store)
     cells = Planner(request).cells()
     mine = shard(cells, lambda cell: cell.group, options.part)
@@ -67,8 +74,39 @@ def reproduce(options: Options, train: TrainCommand) -> TableResult:
         log.info("%s on %s: %d cells%s", table.name, model.name, len(cells), share(options, len(mine)))
         Workshop(model, store, train, options.device, options.weights).run(mine)
     result = collect(request, cells, store, {"Command": options.command} if options.command else {})
+    if table.options.get("layout") == "dreambench_plus":
+        result = finish_dreambench_plus(result, request, cells, store, options)
     write_result(result, options.out_folder, gallery_of(request, cells, store))
+    if options.export:
+        export_pictures(request, cells, store, Path(options.export))
     return result
+
+
+def reproduce_models(table: Table, model: ModelSpec, options: Options, store: Store) -> TableResult:
+    """As `reproduce`, for tables of whole models."""
+    from evaluation.model_tables import ModelTable
+
+    if options.data is None:
+        raise ValueError(f"{table.name} needs pictures: name their folder with --data")
+    work = ModelTable(table, model, store, Path(options.data), options.inception_weights, options.device, options.quick)
+    records = work.records(options.part, options.report_only)
+    result = work.result(records, {"Command": options.command} if options.command else {})
+    write_result(result, options.out_folder)
+    return result
+
+
+def finish_dreambench_plus(
+    result: TableResult, request: Request, cells: Sequence[Cell], store: Store, options: Options
+) -> TableResult:
+    """Lay the pictures out as the benchmark does, and add the ratings where there are some."""
+    from evaluation.dreambench_plus import add_ratings, export_samples
+
+    for row in request.table.rows:
+        own = [cell for cell in cells if cell.row.name == row.name]
+        if own and all(cell.drawing and store.is_done(cell.drawing.unit) for cell in own):
+            folder = export_samples(own, store, options.out_folder / "samples" / row.name)
+            log.info("Pictures in the benchmark's layout, to be rated: %s", folder)
+    return add_ratings(result, request, options.ratings) if options.ratings else result
 
 
 def share(options: Options, count: int) -> str:
@@ -96,9 +134,11 @@ def gallery_of(request: Request, cells: Sequence[Cell], store: Store) -> list[Ex
 # ------------------------------------------------------------------------------------------------------- request
 
 
-def chosen_model(options: Options) -> ModelSpec:
-    """The model of models.yaml, with the weights that the user names."""
+def chosen_model(options: Options, table: Table) -> ModelSpec:
+    """The model of models.yaml, with the weights that the user names and the judges that the table wants."""
     model = read_model(options.model, options.models_file)
+    if table.judges:
+        model = dataclasses.replace(model, judges=table.judges)
     for alias in options.weights:
         if alias not in model.judges:
             raise ValueError(f"{model.name} has no judge '{alias}'{did_you_mean(alias, model.judges)}")
@@ -112,9 +152,9 @@ def make_request(options: Options, table: Table, model: ModelSpec, store: Store)
     if options.quick:
         concepts = concepts[: model.quick.concepts]
         seeds = seeds if options.seeds else seeds[: model.quick.seeds]
-    if options.pictures:
-        model = dataclasses.replace(model, pictures=options.pictures)
-    request = Request(table, model, tuple(concepts), seeds, second, options.quick, options.weights)
+    request = Request(
+        table, model, tuple(concepts), seeds, second, options.quick, options.weights, count=options.pictures
+    )
     check_concepts(concepts)
     check_request(request)
     lacking = missing_captions(request)
@@ -130,28 +170,33 @@ def find_concepts(
     source = options.concepts or table.options.get("concepts") or model.concepts
     if source is None:
         raise ValueError(f"name the folder of concepts with --concepts: {model.name} comes with none")
+    names = options.names or (None if options.concepts else table.options.get("names"))
     sets = concept_sets()
-    names = options.names or table.options.get("names")
-    if str(source) in sets:
-        concepts = write_concepts(names or sets[str(source)], store.root / "concepts")
-    elif table.options.get("layout") == "dreambench_plus":
-        from evaluation.dreambench_plus import read_dreambench_plus
-
-        concepts = read_dreambench_plus(source, names)
-    elif Path(source).is_dir():
-        words = {**model.init_words, **table.options.get("init_words", {})}
-        concepts = read_concepts(source, names, words)
-        prompts = table.options.get("prompts_by_kind", {})
-        concepts = [with_prompts(concept, prompts, table) for concept in concepts]
+    chosen = [source] if isinstance(source, str) else list(source)
+    if all(name in sets for name in chosen):
+        concepts = write_concepts(names or [name for part in chosen for name in sets[part]], store.root / "concepts")
+    elif len(chosen) == 1 and Path(chosen[0]).is_dir():
+        concepts = read_folder(chosen[0], names, table, model)
     else:
         hint = did_you_mean(str(source), sets)
         raise FileNotFoundError(f"--concepts {source} is neither a folder nor one of {', '.join(sets)}{hint}")
     second = None
     if table.second:
-        at = None if str(source) in sets else Path(str(source)) / table.second
+        at = None if chosen[0] in sets else Path(chosen[0]) / table.second
         second = read_concepts(at.parent, [table.second])[0] if at else second_concept(table.second, store)
         concepts = [concept for concept in concepts if concept.label != table.second]
     return concepts, second
+
+
+def read_folder(folder: str, names: Sequence[str] | None, table: Table, model: ModelSpec) -> list[Concept]:
+    """The concepts of a folder of the user's, in the layout that the table knows."""
+    if table.options.get("layout") == "dreambench_plus":
+        from evaluation.dreambench_plus import read_dreambench_plus
+
+        return read_dreambench_plus(folder, names)
+    words = {**model.init_words, **table.options.get("init_words", {})}
+    prompts = table.options.get("prompts_by_kind", {})
+    return [with_prompts(concept, prompts, table) for concept in read_concepts(folder, names, words)]
 
 
 def second_concept(name: str, store: Store) -> Concept:

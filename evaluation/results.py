@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from evaluation.cells import Store
-from evaluation.claims import Finding, check_claims
+from evaluation.claims import Finding, add_concepts, check_claims, look_up_in
 from evaluation.experiments import Row, Table
 from evaluation.plan import Cell, Request, missing_captions
 from evaluation.scoring import METRICS
-from evaluation.stats import FAILS, HOLDS, UNDECIDED, Bootstrap, Interval
+from evaluation.stats import FAILS, HOLDS, UNDECIDED, Bootstrap, Interval, interval
 
 METRIC_LABELS = {
     "image": "image similarity",
@@ -33,6 +33,8 @@ class TableResult:
     """A table with our figures.
 
     intervals: by (metric, row), at the table's scale; what is not there was not measured.
+    measures: figures made of others, by what they say.
+    concepts: one record {concept, "metric(row)": mean over seeds, measure: value} for each concept.
     cells: one record for each finished cell, for those who want to compute something else.
     facts: what the figures were made with, for people.
     """
@@ -40,6 +42,8 @@ class TableResult:
     table: Table
     intervals: Mapping[tuple[str, str], Interval]
     findings: Sequence[Finding]
+    measures: Mapping[str, Interval]
+    concepts: Sequence[Mapping[str, Any]]
     cells: Sequence[Mapping[str, Any]]
     facts: Mapping[str, str]
     done: int
@@ -95,18 +99,41 @@ def summarise(
     bootstrap = Bootstrap(len(concepts), len(seeds))
     means = {key: bootstrap.mean(array) for key, array in values.items()}
     needed = {pair for claim in table.claims for pair in claim.rows()}
+    needed |= {pair for measure in table.measures for pair in measure.rows()}
     for pair in needed - set(values):
         values[pair], means[pair] = np.full((len(concepts), len(seeds)), math.nan), math.nan
     replicates = {pair: bootstrap.replicates(values[pair]) for pair in needed}
+    by_concept = {key: bootstrap.by_concept(array) for key, array in values.items()}
+    measures = {
+        measure.says: interval(float(measure.compute(look_up_in(means))), measure.compute(look_up_in(replicates)))
+        for measure in table.measures
+    }
     return TableResult(
         table=table,
         intervals={key: bootstrap.interval(array) for key, array in values.items() if not math.isnan(means[key])},
-        findings=check_claims(table.claims, means, replicates),
+        findings=[
+            add_concepts(finding, by_concept, lambda *pair: bootstrap.seed_replicates(values[pair]))
+            for finding in check_claims(table.claims, means, replicates)
+        ],
+        measures=measures,
+        concepts=concept_records(table, concepts, by_concept),
         cells=list(records),
         facts=facts,
         done=len(records),
         total=total,
     )
+
+
+def concept_records(
+    table: Table, concepts: Sequence[str], by_concept: Mapping[tuple[str, str], np.ndarray]
+) -> list[dict[str, Any]]:
+    """For each concept the means over its seeds of the table's columns, and the table's measures."""
+    columns = {f"{metric}({row})": array for (metric, row), array in by_concept.items() if metric in table.columns}
+    columns |= {measure.says: measure.compute(look_up_in(by_concept)) for measure in table.measures}
+    return [
+        {"concept": concept} | {name: float(array[at]) for name, array in columns.items()}
+        for at, concept in enumerate(concepts)
+    ]
 
 
 def arrays(

@@ -40,7 +40,7 @@ class Interval:
 def interval(mean: float, replicates: np.ndarray, level: float = LEVEL) -> Interval:
     """Percentile interval from bootstrap replicates (R,); no bounds when they all are the same or missing."""
     known = replicates[~np.isnan(replicates)]
-    if not len(known) or np.ptp(known) == 0.0:
+    if not len(known) or np.ptp(known) <= 1e-12 * np.abs(known).max():
         return Interval(float(mean))
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(mean), float(low), float(high))
@@ -69,6 +69,15 @@ class Bootstrap:
         """Bootstrap replicates (R,) of `mean`."""
         drawn = self._full(values)[self._concepts[:, :, None], self._seeds]  # (R, C, S)
         return _mean(_mean(drawn))
+
+    def by_concept(self, values: np.ndarray) -> np.ndarray:
+        """Means (C,) over the seeds."""
+        return _mean(self._full(values))
+
+    def seed_replicates(self, values: np.ndarray) -> np.ndarray:
+        """Bootstrap replicates (R, C) of `by_concept`: the seeds are drawn anew, the concepts stay."""
+        concepts = np.arange(self.shape[0])[None, :, None]
+        return _mean(self._full(values)[concepts, self._seeds])
 
     def interval(self, values: np.ndarray, level: float = LEVEL) -> Interval:
         """Mean and percentile interval of results (C, S)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from evaluation.claims import Finding
 from evaluation.experiments import Row
 from evaluation.results import TableResult, metric_notes
 from evaluation.stats import LEVEL, Interval
@@ -21,13 +23,13 @@ PERCENT = round(100 * LEVEL)
 METHOD = (
     f"Brackets: {PERCENT} % bootstrap intervals over concepts and, within them, seeds; differences are paired. A claim "
     "holds when the interval of its difference (left side minus right side) lies above 0, does not when it lies below, "
-    "and is undecided otherwise."
+    "and is undecided otherwise; the concepts are those for which the difference is positive by itself."
 )
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """A figure, or a dash."""
-    return DASH if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    return DASH if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def with_interval(interval: Interval | None, digits: int = 3) -> str:
@@ -62,8 +64,12 @@ def to_markdown(result: TableResult) -> str:
     lines += markdown_rows(result)
     if result.findings:
         lines += ["", "## What the paper claims", "", *markdown_claims(result)]
+    if result.measures:
+        lines += ["", *(f"- {says}: **{with_interval(found)}**" for says, found in result.measures.items())]
     lines += ["", method_note(result), ""]
     lines += [f"- {note}" for note in (*metric_notes(result), *table.notes)]
+    if result.table.by_concept:
+        lines += ["", "## By concept", "", *markdown_concepts(result)]
     lines += ["", "## How", ""]
     lines += [f"- {key}: {value}" for key, value in result.facts.items()]
     return "\n".join(lines) + "\n"
@@ -93,13 +99,42 @@ def is_published(result: TableResult, metric: str) -> bool:
 
 def markdown_claims(result: TableResult) -> list[str]:
     """The lines of the list of claims."""
-    lines = ["| claim | verdict | difference | in our figures |", "| --- | --- | --- | --- |"]
+    lines = ["| claim | verdict | difference | concepts | in our figures |", "| --- | --- | --- | --- | --- |"]
     for finding in result.findings:
         lines.append(
             f"| {finding.claim.says} | **{finding.verdict}** | {with_interval(finding.difference, 4)} "
-            f"| `{finding.claim.holds_if}` |"
+            f"| {share(finding)} | `{finding.claim.holds_if}` |"
         )
     return lines
+
+
+def share(finding: Finding) -> str:
+    """For how many concepts a claim holds by itself: "17 of 20"."""
+    if finding.concepts is None or finding.concepts[1] == 0:
+        return DASH
+    return f"{finding.concepts[0]} of {finding.concepts[1]}"
+
+
+def markdown_concepts(result: TableResult) -> list[str]:
+    """The lines of the table by concept."""
+    lines = concept_lines(result)
+    return [f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:])]
+
+
+def concept_lines(result: TableResult) -> list[list[str]]:
+    """Header and lines of the table by concept: means over the seeds, at the table's scale."""
+    rows = {row.name: row.label for row in result.table.rows}
+    header, keys = ["concept"], []
+    for metric in result.table.columns:
+        for row, label in rows.items():
+            if (metric, row) in result.intervals:
+                header.append(f"{result.label(metric)}: {label}")
+                keys.append(f"{metric}({row})")
+    header += list(result.measures)
+    keys += list(result.measures)
+    names = [record["concept"].replace("_", " ") for record in result.concepts]
+    values = [[number(record[key]) for key in keys] for record in result.concepts]
+    return [header, *([name, *line] for name, line in zip(names, values, strict=True))]
 
 
 # ----------------------------------------------------------------------------------------------------- csv, json
@@ -152,6 +187,7 @@ def to_json(result: TableResult) -> str:
             "holds_if": finding.claim.holds_if,
             "verdict": finding.verdict,
             "difference": bounds(finding.difference),
+            "concepts": finding.concepts,
         }
         for finding in result.findings
     ]
@@ -164,6 +200,8 @@ def to_json(result: TableResult) -> str:
         "facts": dict(result.facts),
         "rows": rows,
         "claims": claims,
+        "measures": {says: bounds(found) for says, found in result.measures.items()},
+        "concepts": [{key: known(value) for key, value in record.items()} for record in result.concepts],
     }
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -172,8 +210,14 @@ def bounds(interval: Interval | None) -> dict[str, float | None] | None:
     """Mean and bounds; null for what is not known."""
     if interval is None:
         return None
-    values = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-    return {key: None if math.isnan(value) else round(value, 6) for key, value in values.items()}
+    return {key: known(value) for key, value in dataclasses.asdict(interval).items()}
+
+
+def known(value: Any) -> Any:
+    """A figure with six digits behind the point, None where there is none; anything else as it is."""
+    if not isinstance(value, float):
+        return value
+    return round(value, 6) if math.isfinite(value) else None
 
 
 # --------------------------------------------------------------------------------------------------------- latex

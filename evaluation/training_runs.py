@@ -21,6 +21,7 @@ MANAGER = "model.params.personalization_config.params"
 DATA = "data.params.train.params"
 SECOND_VECTOR_AT = 0.4  # of the training: the paper's 2000 of 5000 steps
 RUN_NAME = "inversion"
+NOT_WATCHED = ("image_logger", "fixed_validation", "run_report")  # nobody looks at these runs while they last
 
 
 def learn(job: Training, folder: Path, model: ModelSpec, train: TrainCommand, device: str) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def copy_pictures(job: Training, folder: Path) -> Path:
 def new_run(job: Training, model: ModelSpec, pictures: Path, folder: Path) -> list[str]:
     """Arguments of main.py for a training from the start."""
     options = job.options
-    init_word = options.init_word or job.concept.init_word
+    init_word = job.concept.init_word if options.init_word is None else options.init_word
     words = [
         "--base", str(model.config_file), "-t", "--no-test",
         "--logdir", str(folder / "run"), "--name", RUN_NAME, "--datadir_in_name", "false",
@@ -89,7 +90,7 @@ def overrides(options: TrainingOptions, kind: str) -> dict[str, Any]:
         "data.params.batch_size": options.batch_size,
         f"{MANAGER}.num_vectors_per_token": options.vectors,
         "lightning.modelcheckpoint.params.every_n_train_steps": options.save_every or options.steps,
-        "lightning.callbacks.image_logger.params.disabled": True,
+        **{f"lightning.callbacks.{name}.params.disabled": True for name in NOT_WATCHED},
     }
     if options.progressive:
         values[f"{MANAGER}.progressive_words"] = True
@@ -97,6 +98,8 @@ def overrides(options: TrainingOptions, kind: str) -> dict[str, Any]:
     if options.per_image_tokens:
         values[f"{MANAGER}.per_image_tokens"] = True
         values[f"{DATA}.per_image_tokens"] = True
+    if options.init_word == "":
+        values[f"{MANAGER}.initializer_words"] = []
     if options.regularised:
         values["model.params.embedding_reg_weight"] = options.regularisation
     templates = "style" if kind == "style" else options.templates

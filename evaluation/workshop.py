@@ -49,6 +49,8 @@ class Workshop:
         self.weights = weights or {}
         self._model: Any = None
         self._judges: dict[str, Judge] = {}
+        self._given: dict[tuple[str, tuple[Path, ...]], Tensor] = {}
+        self._texts: dict[tuple[str, str], Tensor] = {}
 
     def run(self, cells: Sequence[Cell], progress: Progress | None = None) -> None:
         """Do all that is missing. One kind of work after the other, so that only one model is in memory."""
@@ -143,24 +145,35 @@ class Workshop:
 
     def score(self, job: Scoring) -> dict[str, Any]:
         """Scores of every prompt, and of all prompts together as the table wants them."""
-        training = load_images(job.training, self.spec.size)  # as training sees them
-        second = load_images(job.second, self.spec.size) if job.second else None
         per_prompt: list[dict[str, float]] = [{} for _ in job.texts]
         for number, (alias, name) in enumerate(self.spec.judges.items()):
-            judge = self.judge(alias)
             prefix = "" if number == 0 else f"{alias}_"
-            reference = judge.encode_image(training)
-            other = None if second is None else judge.encode_image(second)
+            reference = self.given_pictures(alias, job.training)
+            other = self.given_pictures(alias, job.second) if job.second else None
             for index, text in enumerate(job.texts):
-                made = reference if job.drawing is None else judge.encode_image(self.pictures(job, index))
-                words = None if is_blind_to_text(name) else judge.encode_text([text])
+                made = reference if job.drawing is None else self.judge(alias).encode_image(self.pictures(job, index))
+                words = None if is_blind_to_text(name) else self.text(alias, text)
                 values = score_features(made, reference, words)
                 if job.drawing is None:
                     values["image_distinct"] = self_similarity(made).item()
+                    if not job.table.self_pairs:
+                        values["image"] = values["image_distinct"]
                 if other is not None:
                     values["second_image"] = score_features(made, other)["image"]
                 per_prompt[index] |= {f"{prefix}{key}": value for key, value in values.items()}
         return {"metrics": summary(per_prompt, job.table.image_over), "prompts": per_prompt}
+
+    def given_pictures(self, alias: str, paths: tuple[Path, ...]) -> Tensor:
+        """Features (N, D) of a concept's own pictures, as training sees them; encoded once for all cells."""
+        if (alias, paths) not in self._given:
+            self._given[alias, paths] = self.judge(alias).encode_image(load_images(paths, self.spec.size))
+        return self._given[alias, paths]
+
+    def text(self, alias: str, text: str) -> Tensor:
+        """Features (1, D) of a text; encoded once for all cells."""
+        if (alias, text) not in self._texts:
+            self._texts[alias, text] = self.judge(alias).encode_text([text])
+        return self._texts[alias, text]
 
     def pictures(self, job: Scoring, prompt: int) -> Tensor:
         """Drawn pictures (N, 3, H, W) of a prompt."""
@@ -175,7 +188,7 @@ def summary(per_prompt: Sequence[Mapping[str, float]], image_over: str) -> dict[
     per_prompt: the prompt for reconstruction first.
     """
     editing = per_prompt[1:] or per_prompt
-    rest = per_prompt if image_over == "all" else per_prompt[:1]
+    rest = {"reconstruction": per_prompt[:1], "editing": editing, "all": per_prompt}[image_over]
     values = {}
     for metric in per_prompt[0]:
         is_text = metric.endswith(AVERAGED_OVER_EDITING)

@@ -45,6 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt_path", metavar="FILE|DIR", help="the model's weights (default: where models.yaml says)")
     add("--concepts", metavar="DIR|SET", help="folder with one folder of pictures per concept; for the embedded model "
         "also development or final (default: as models.yaml says)")  # fmt: skip
+    add("--second", metavar="NAME", help="the second concept of tables with two words, a folder beside the others")
+    add("--data", metavar="DIR", help="pictures (and captions) for the tables of first stages and of MS-COCO")
+    add("--inception_weights", metavar="FILE", help="feature network behind FID, KID and IS "
+        "(pt_inception-2015-12-05-6726825d.pth)")  # fmt: skip
+    add("--ratings", metavar="DIR", help="ratings for DreamBench++, see scripts/rate_dreambench_plus.py")
     add("--names", nargs="+", metavar="NAME", help="only these concepts")
     add("--seeds", nargs="+", type=int, metavar="N", help="seeds of training (default: as models.yaml says)")
     add("--n_samples", type=int, metavar="N", help="pictures of each prompt (default: as models.yaml says)")
@@ -56,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--store", default="outputs/evaluation", metavar="DIR", help="where the cells lie (default: outputs/evaluation)"
     )
     add("--out", metavar="DIR", help="where the table goes (default: results/<table>)")
+    add("--export", metavar="DIR", help="also copy the pictures to DIR/<row>/<concept>/<prompt>/, for a user study")
     add("--report_only", action="store_true", help="compute nothing, write the table from what is there")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")
     add_debug_flag(parser)
@@ -117,6 +123,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         out=args.out,
         device=args.device,
         report_only=args.report_only,
+        second=args.second,
+        data=args.data,
+        inception_weights=args.inception_weights,
+        ratings=args.ratings,
+        export=args.export,
         command=shlex.join(["python", "scripts/reproduce_tables.py", *words]),
     )
     result = reproduce(options, training.main)

@@ -1,0 +1,99 @@
+"""The report page: complete, safe, and readable in a browser without scrolling sideways."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluation.claims import Claim
+from evaluation.experiments import Row, Table, read_table
+from evaluation.figures import write_figure
+from evaluation.gallery import Exhibit, Strip, picture_address
+from evaluation.report import to_html, write_report
+from evaluation.results import TableResult, summarise
+from tests.browser import needs_browser, title_of
+
+FIND = """<script>
+const badges = [...document.querySelectorAll(".tile b")].map(tile => Number(tile.textContent));
+document.title = JSON.stringify({
+  width: document.documentElement.scrollWidth, window: window.innerWidth, badges,
+  claims: document.querySelectorAll(".claims li").length,
+  rows: document.querySelectorAll("table")[0].rows.length,
+  broken: [...document.images].filter(image => !image.complete || !image.naturalWidth).length,
+  images: document.images.length,
+  top: document.querySelector(".summary").getBoundingClientRect().bottom,
+});
+</script></body>"""
+
+
+@pytest.fixture(scope="module")
+def result() -> TableResult:
+    """Figure 10 with made-up results of six concepts that follow the published figures."""
+    table = read_table("figure10")
+    rng = np.random.default_rng(0)
+    records = [
+        {"row": row.name, "concept": concept, "seed": seed, "diversity": 0.3}
+        | {metric: value + rng.normal(0, 0.01) for metric, value in row.published.items()}
+        for row in table.rows
+        for concept in "abcdef"
+        for seed in (0, 1)
+    ]
+    facts = {"Model": "a <model> & more", "Command": "python scripts/reproduce_tables.py --table figure10"}
+    return summarise(table, records, list("abcdef"), [0, 1], facts, len(records))
+
+
+@pytest.fixture
+def exhibit(tmp_path: Path) -> Exhibit:
+    file = tmp_path / "a.png"
+    Image.new("RGB", (32, 32), "red").save(file)
+    strips = [Strip("training pictures", picture_address([file] * 4), ("",) * 4)]
+    strips += [
+        Strip(f"row {k}", picture_address([file] * 9), ("a photo of *",) * 4 + ("* at night",) * 5) for k in range(3)
+    ]
+    return Exhibit("cat", tuple(strips))
+
+
+def test_figures_of_points_and_sweeps(result: TableResult, tmp_path: Path):
+    points = write_figure(result, tmp_path / "points.png")
+    assert points is not None
+    with Image.open(points) as figure:
+        assert figure.width > 1.5 * figure.height  # two panels
+    sweep = read_table("figure12")
+    records = [
+        {"row": row.name, "concept": concept, "seed": 0, **row.published} for row in sweep.rows for concept in "ab"
+    ]
+    drawn = write_figure(summarise(sweep, records, ["a", "b"], [0], {}, 20), tmp_path / "sweep.png")
+    assert drawn is not None
+    assert drawn.stat().st_size > 10_000
+    assert write_figure(summarise(sweep, [], ["a"], [0], {}, 1), tmp_path / "none.png") is None
+
+
+def test_the_page_is_escaped_and_says_what_it_rests_on(result: TableResult):
+    page = to_html(result)
+    assert "a &lt;model&gt; &amp; more" in page
+    assert "<model>" not in page
+    assert "too narrow" not in page
+    few = summarise(result.table, [r for r in result.cells if r["concept"] in "ab"], ["a", "b"], [0, 1], {}, 48)
+    assert "With 2 concepts the intervals are too narrow" in to_html(few)
+    table = Table("t", "<t>", "s", (Row("a", "<b>"),), claims=(Claim("<i>", "image(a) > 0"),))
+    assert "&lt;b&gt;" in to_html(
+        summarise(table, [{"row": "a", "concept": "x", "seed": 0, "image": 1.0}], ["x"], [0], {}, 1)
+    )
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1100, 520])
+def test_the_page_in_a_browser(result: TableResult, exhibit: Exhibit, width: int, tmp_path: Path):
+    page = write_report(result, tmp_path / "report.html", write_figure(result, tmp_path / "figure.png"), [exhibit])
+    page.write_text(page.read_text().replace("</body>", FIND))
+    found = json.loads(title_of(page, tmp_path, width))
+    assert found["width"] <= found["window"]
+    assert found["broken"] == 0
+    assert found["images"] == 1 + 4
+    assert found["claims"] == sum(found["badges"]) == len(result.table.claims)
+    assert found["rows"] == 1 + len(result.table.rows)
+    assert found["top"] < 400  # the verdicts are in sight at once
