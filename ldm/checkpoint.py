@@ -21,7 +21,7 @@ from ldm.checkpoint_formats import CheckpointError
 from ldm.checkpoint_load import BUILD, BuildOptions, LoadReport, as_floating, is_optional, load_weights, some
 from ldm.checkpoint_recognise import ModelInfo, recognise, recognise_file, recognise_shapes
 from ldm.checkpoint_save import atomic_path, save_safely, save_safetensors
-from ldm.util import ConfigError, instantiate_from_config, to_plain
+from ldm.util import ConfigError, instantiate_from_config, read_yaml, to_plain
 
 __all__ = [
     "CheckpointError",
@@ -98,11 +98,7 @@ def _model_config(config: Any, ckpt_path: str | Path | None, size: int | None) -
         logger.info("%s %s", ckpt_path, info.sentence)
         config = info.require_config()
     if isinstance(config, (str, Path)):
-        from omegaconf import OmegaConf
-
-        if not Path(config).is_file():
-            raise FileNotFoundError(f"no config at {config}")
-        config = OmegaConf.load(config)
+        config = read_yaml(config)
     config = to_plain(config)
     config = config.get("model", config) if isinstance(config, Mapping) else config
     if not isinstance(config, Mapping):

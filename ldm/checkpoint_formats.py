@@ -6,6 +6,7 @@ file seems to be instead. Every size that a file claims is checked against what 
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import math
@@ -209,6 +210,10 @@ def _children(node: Any) -> list[Any]:
 
 
 def _is_text(head: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the head may end within a character
+    except UnicodeDecodeError:
+        return False
     return not set(head) & (set(range(32)) - set(b"\t\n\r\f\x1b"))
 
 

@@ -7,7 +7,8 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-USER_ERRORS = (ValueError, TypeError, OSError, KeyboardInterrupt)
+USER_ERRORS = (ValueError, TypeError, OSError)
+OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")  # by name: torch's own is not worth importing torch for
 DEBUG_FLAGS = {"--debug", "-d"}
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -39,20 +40,28 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def run_command(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> None:
     """Call `main(argv)` and exit: 0 on success, 2 with `error: ...` for bad input, 130 for Ctrl-C.
 
-    Bad input is what raises ValueError (a ConfigError is one), TypeError or OSError (a missing file, a full disk).
-    Anything else is a bug and keeps its traceback, as does everything when `--debug` or `-d` is among the arguments.
+    Bad input is what raises ValueError (a ConfigError is one), TypeError or OSError (a missing file, a full disk), and
+    what asks for more memory than there is. Anything else is a bug and keeps its traceback, as does everything when
+    `--debug` or `-d` is among the arguments.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         main(argv)
-    except USER_ERRORS as error:
+    except KeyboardInterrupt:
         if DEBUG_FLAGS.intersection(argv):
             raise
-        if isinstance(error, KeyboardInterrupt):
-            sys.exit(INTERRUPTED)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if DEBUG_FLAGS.intersection(argv) or not (isinstance(error, USER_ERRORS) or lacks_memory(error)):
+            raise
         print(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether the computer or its GPU ran out of memory."""
+    return type(error).__name__ in OUT_OF_MEMORY
 
 
 def describe(error: BaseException) -> str:
@@ -60,4 +69,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}"
+    if lacks_memory(error):
+        remedy = "ask for fewer or smaller pictures at a time (batch size, size), or for 16-bit precision"
+        return f"out of memory: {remedy} ({' '.join(str(error).split())[:200]})"
     return " ".join(str(error).split()) or type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -78,11 +79,14 @@ class SamplingOptions:
             raise ValueError(f"sampler '{self.sampler}' is unknown; choose one of {', '.join(SAMPLERS)}")
         if self.steps < 1:
             raise ValueError(f"the number of steps must be at least 1, got {self.steps}")
+        for name in ("eta", "scale", "guidance_rescale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
 
 
 def first_stage_factor(model: Any) -> int:
     """How many pixels one latent position covers along each axis."""
-    stages = getattr(getattr(model.first_stage_model, "encoder", None), "down", None)
+    stages = getattr(getattr(getattr(model, "first_stage_model", None), "encoder", None), "down", None)
     return 2 ** (len(stages) - 1) if stages is not None else 1
 
 
@@ -185,8 +189,10 @@ def encode_prompts(model: Any, prompts: Sequence[str], options: SamplingOptions)
 
 
 def decode(model: Any, latents: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) of latents (B, C, h, w), in the first stage's own precision."""
-    stage = model.first_stage_model
+    """Pictures (B, 3, H, W) of latents (B, C, h, w), in the first stage's own precision; pixel models have none."""
+    stage = getattr(model, "first_stage_model", None)
+    if stage is None:
+        return latents.float()
     parameter = next(stage.parameters(), None) if isinstance(stage, nn.Module) else None
     return model.decode_first_stage(latents if parameter is None else latents.to(parameter.dtype)).float()
 

@@ -108,11 +108,15 @@ def load_model(
     *,
     device: torch.device | str = "auto",
     precision: str = "full",
+    size: int | None = None,
 ) -> Any:
-    """The model that `path` means (see `find_model_files`), in eval mode on `device`."""
+    """The model that `path` means (see `find_model_files`), in eval mode on `device`.
+
+    `size`, the pixels of the pictures asked for, chooses between published models that differ in it alone.
+    """
     device = select_device(device) if isinstance(device, str) else device
     files = find_model_files(path, config)
     dtype = weight_dtype(precision, device)
     return load_model_from_config(
-        files.config, files.checkpoint, device=device, dtype=None if precision == "autocast" else dtype
+        files.config, files.checkpoint, device=device, dtype=None if precision == "autocast" else dtype, size=size
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import logging
+import math
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.run_flags import apply_flags, parameters_of
-from ldm.util import ConfigError, did_you_mean
+from ldm.util import ConfigError, did_you_mean, read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def make_plan(args: Namespace, overrides: Sequence[str] = (), now: datetime.date
         lightning.trainer.gpus = args.gpus
     train = bool(config.get("train", False)) if args.train is None else args.train
     config.train = train  # so that `-r DIR` alone goes on training
+    check_numbers(config, lightning)
     run_dir = resumed_dir or new_run_dir(args, started)
     return RunPlan(
         config=config,
@@ -173,15 +175,23 @@ def merge_configs(paths: Iterable[Path]) -> DictConfig:
 
 def read_config(path: Path) -> DictConfig:
     """Read one YAML file whose top level is a mapping."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no config '{path}'")
-    try:
-        config = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ConfigError(f"'{path}' is not a YAML file: {' '.join(str(error).split())}") from error
+    config = read_yaml(path)
     if not isinstance(config, DictConfig):
         raise ConfigError(f"'{path}' holds a list; a config starts with 'model:'")
     return config
+
+
+def check_numbers(config: DictConfig, lightning: DictConfig) -> None:
+    """Raise `ConfigError` for a seed, a learning rate or an accumulation that no run can have."""
+    for where, name, low, high in (
+        (config, "seed", 0, 2**32 - 1),
+        (config, "model.base_learning_rate", 0, math.inf),
+        (lightning, "trainer.accumulate_grad_batches", 1, math.inf),
+    ):
+        value = OmegaConf.select(where, name)
+        if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ConfigError(f"{name} is {value!r}; it must be a number {limits}")
 
 
 def check_sections(config: DictConfig) -> None:

@@ -8,9 +8,12 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -43,6 +46,19 @@ TRUST_VARIABLE = "LDM_TRUSTED_PACKAGES"
 
 class ConfigError(ValueError):
     """A config names something that does not exist or passes a parameter that its target does not take."""
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Read a YAML file as an OmegaConf container.
+
+    Raises `FileNotFoundError` when there is none and `ConfigError`, in one line, when it is not YAML.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no config '{path}'")
+    try:
+        return OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"'{path}' is not a YAML file: {' '.join(str(error).split())}") from error
 
 
 def to_plain(config: Any) -> Any:
@@ -96,14 +112,29 @@ def did_you_mean(word: str, known: Any) -> str:
 
 
 def check_params(target: str, factory: Callable[..., Any], params: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` when `params` has a key that `factory` does not take; the message names key and remedy."""
-    known = parameter_names(factory)
+    """Raise `ConfigError` when `params` has a key that `factory` does not take, or text where it takes a number.
+
+    The message names the key and the remedy.
+    """
+    parameters = _parameters(factory)
+    known = None if parameters is None else list(parameters)
     unknown = [key for key in params if known is not None and key not in known]
     if known is not None and unknown:
         key = unknown[0]
         raise ConfigError(
             f"'{key}' is not a parameter of {target}{did_you_mean(key, known)}; it takes: {', '.join(known)}"
         )
+    for key, value in params.items():
+        wanted = None if parameters is None else _numeric(parameters[key].annotation)
+        if isinstance(value, str) and wanted:
+            raise ConfigError(f"'{key}' of {target} is '{value}'; it takes {wanted}")
+
+
+def _numeric(annotation: Any) -> str | None:
+    """The words of an annotation that allows numbers and truth values only, such as "int or null"; else None."""
+    words = {"int": "int", "float": "float", "bool": "true or false", "None": "null"}
+    names = [name.strip() for name in getattr(annotation, "__name__", str(annotation)).split("|")]
+    return " or ".join(words[name] for name in names) if set(names) <= set(words) else None
 
 
 def parameter_names(factory: Callable[..., Any]) -> list[str] | None:
@@ -111,22 +142,26 @@ def parameter_names(factory: Callable[..., Any]) -> list[str] | None:
 
     None when everything is accepted or nothing can be known.
     """
+    parameters = _parameters(factory)
+    return None if parameters is None else list(parameters)
+
+
+def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
     constructors = (
         [c.__dict__["__init__"] for c in factory.__mro__ if "__init__" in c.__dict__]
         if isinstance(factory, type)
         else [factory]
     )
-    names: list[str] = []
+    found: dict[str, inspect.Parameter] = {}
     for constructor in constructors:
         try:
             parameters = inspect.signature(constructor).parameters.values()
         except (TypeError, ValueError):  # some C-implemented callables have no signature to check against
             return None
-        names += [
-            p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"
-        ]
+        own = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
+        found.update({p.name: p for p in own if p.name not in found})
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return names
+            return found
     return None
 
 

@@ -67,7 +67,7 @@ def class_labels(model: Any, args: argparse.Namespace) -> list[int] | None:
     """A class for each picture, or None for an unconditional model."""
     from ldm.modules.encoders.label import ClassEmbedder
 
-    stage = model.cond_stage_model
+    stage = getattr(model, "cond_stage_model", None)
     if stage is None:
         if args.classes is not None:
             raise ValueError("--classes: this model is unconditional")
@@ -119,10 +119,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.n_samples < 1 or args.batch_size < 1:
         raise ValueError(f"-n {args.n_samples} and --batch_size {args.batch_size} must be at least 1")
+    if args.resume is None:
+        raise ValueError("say which model to draw from: -r FILE|DIR; --help has examples")
     from ldm.generate import find_model_files, iter_images, load_model, open_npz, save_png, to_uint8
+    from ldm.protocols import Denoiser
 
     files = find_model_files(args.resume, args.config)
     model = load_model(files.checkpoint, files.config, device=args.device, precision=args.precision)
+    if not isinstance(model, Denoiser):
+        raise ValueError(f"{args.resume} holds a {type(model).__name__}, which draws nothing: name a diffusion model")
     labels = class_labels(model, args)
     options = sampling_options(model, args)
     folder = output_folder(args, files.checkpoint)

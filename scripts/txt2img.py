@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+    from ldm.generate import SamplingOptions
+
 log = logging.getLogger("txt2img")
 
 EXAMPLES = """\
@@ -112,7 +114,10 @@ def read_prompts(args: argparse.Namespace) -> list[str] | None:
     """The prompts of --from-file or --prompt; None when neither is given."""
     if args.from_file is None:
         return None if args.prompt is None else [args.prompt]
-    text = Path(args.from_file).read_text(encoding="utf-8-sig")
+    try:
+        text = Path(args.from_file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.from_file} is no text file: write one prompt per line, in UTF-8") from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{args.from_file} holds no prompt: write one per line")
@@ -151,13 +156,11 @@ def settings_of(args: argparse.Namespace, prompt: str, seed: int) -> dict[str, A
     return settings | {"embedding_sha256": getattr(args, "embedding_sha256", [])}
 
 
-def draw(model: Any, args: argparse.Namespace, prompts: Sequence[str]) -> tuple[list[np.ndarray], list[Path]]:
-    """Draw and save all pictures of all prompts; returns them, in the prompts' order, and the files."""
-    from ldm.generate import SamplingOptions, iter_images, save_images, to_uint8
+def sampling_options(args: argparse.Namespace) -> SamplingOptions:
+    """How to sample, by the flags."""
+    from ldm.generate import SamplingOptions
 
-    count = args.n_samples * args.n_iter
-    jobs = [(prompt, args.seed + k) for prompt in prompts for k in range(count)]
-    options = SamplingOptions(
+    return SamplingOptions(
         sampler=args.sampler,
         steps=args.ddim_steps,
         eta=args.ddim_eta,
@@ -167,6 +170,16 @@ def draw(model: Any, args: argparse.Namespace, prompts: Sequence[str]) -> tuple[
         height=args.H,
         width=args.W,
     )
+
+
+def draw(
+    model: Any, args: argparse.Namespace, prompts: Sequence[str], options: SamplingOptions
+) -> tuple[list[np.ndarray], list[Path]]:
+    """Draw and save all pictures of all prompts; returns them, in the prompts' order, and the files."""
+    from ldm.generate import iter_images, save_images, to_uint8
+
+    count = args.n_samples * args.n_iter
+    jobs = [(prompt, args.seed + k) for prompt in prompts for k in range(count)]
     pictures: list[np.ndarray] = []
     files: list[Path] = []
     for images in iter_images(
@@ -214,13 +227,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm.generate import load_model
     from ldm.protocols import TextEncoder
 
-    model = load_model(args.ckpt_path, args.config, device=args.device, precision=args.precision)
-    if not isinstance(model.cond_stage_model, TextEncoder):
-        raise ValueError("this model draws no texts: use scripts/sample_diffusion.py")
+    options = sampling_options(args)  # what is wrong with the flags shows before a large model is loaded
+    model = load_model(args.ckpt_path, args.config, device=args.device, precision=args.precision, size=args.H)
+    if not isinstance(getattr(model, "cond_stage_model", None), TextEncoder):
+        name = type(model).__name__
+        raise ValueError(f"this {name} draws no texts: name a text model, or use scripts/sample_diffusion.py")
     words = load_words_of(model, args)
     prompts = prompts or [f"a photo of {words[0]}"]
     check_words(prompts, words)
-    pictures, files = draw(model, args, prompts)
+    pictures, files = draw(model, args, prompts, options)
     grids = [] if args.skip_grid or len(pictures) == 1 else save_grids(args, prompts, pictures)
     for path in [*files[:8], *grids]:
         print(path)

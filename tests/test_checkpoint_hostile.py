@@ -40,6 +40,7 @@ def stranger(kind: str) -> bytes:
     contents = {
         "empty": b"",
         "text": b"prompt: a photo of *\n",
+        "high bytes": b"\xff" * 64,
         "page": b"\n<!DOCTYPE html><html><body>Log in</body></html>",
         "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4265380512\n",
         "picture": b"\x89PNG\r\n\x1a\n" + bytes(100),
@@ -61,6 +62,7 @@ def stranger(kind: str) -> bytes:
     ("kind", "words"),
     [
         ("empty", "is empty"),
+        ("high bytes", "neither a torch.save file nor safetensors"),
         ("text", "is a text file (it begins 'prompt: a photo of *')"),
         ("page", "is a web page"),
         ("pointer", "git lfs pull"),

@@ -174,9 +174,13 @@ def test_broken_config_files(tmp_path: Path):
         ("lightning.trainr.max_steps=5", "did you mean 'trainer'"),
         ("model.target.x=5", "'model.target' is a value"),
         ("model.params.timesteps=[1", "not YAML"),
+        ("seed=-1", "seed is -1; it must be a number from 0 to 4294967295"),
+        ("model.base_learning_rate=abc", "model.base_learning_rate is 'abc'; it must be a number at least 0"),
+        ("model.base_learning_rate=-1", "must be a number at least 0"),
+        ("lightning.trainer.accumulate_grad_batches=0", "accumulate_grad_batches is 0; it must be a number at least 1"),
     ],
 )
-def test_misspelt_overrides(base: Path, override: str, message: str):
+def test_bad_overrides(base: Path, override: str, message: str):
     with pytest.raises(ConfigError, match=message):
         plan("--base", base, override)
 

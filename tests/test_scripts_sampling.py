@@ -23,11 +23,12 @@ from tests.tiny_models import (
     inpainting_config,
     text_config,
     unconditional_config,
+    vq_stage,
     write_model,
 )
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("txt2img", "sample_diffusion", "inpaint")
+SCRIPTS = ("txt2img", "img2img", "sample_diffusion", "inpaint")
 
 
 def load(name: str):
@@ -109,6 +110,10 @@ def test_exit_codes(capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(RuntimeError):
         run_command(fail(RuntimeError("a bug")), [])
+    for lack in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")):
+        with pytest.raises(SystemExit):
+            run_command(fail(lack), [])
+        assert capsys.readouterr().err.startswith("error: out of memory: ask for fewer or smaller pictures")
     with pytest.raises(ValueError, match="x"):
         run_command(fail(ValueError("x")), ["--debug"])
     assert run_command(lambda argv: None, []) is None
@@ -201,12 +206,22 @@ def test_txt2img_plms_is_published(text_folder, tmp_path):
         (["--from-file", "empty.txt"], "holds no prompt"),
         (["--prompt", "x", "--embedding_path", "a.png"], "a.png"),
         (["--prompt", "x", "--H", "20"], "no multiple of 8"),
+        (["--prompt", "x", "--ddim_steps", "-5"], "steps must be at least 1, got -5"),
+        (["--prompt", "x", "--ddim_steps", "5000"], "give a number from 1 to 1000"),
+        (["--prompt", "x", "--ddim_eta", "-1"], "must not be negative"),
+        (["--prompt", "x", "--scale", "nan"], "scale must be a finite number"),
+        (["--prompt", "x", "--seed", "1" + "0" * 20], "more than 64 bits"),
+        (["--from-file", "a.png"], "a.png is no text file"),
+        (["--prompt", "x", "--config", "bad.yaml"], "'bad.yaml' is not a YAML file"),
+        (["--prompt", "x", "--config", "a.png"], "'a.png' is not a YAML file"),
+        (["--prompt", "x", "--config", "empty.txt"], "expected a config with a 'target' key"),
     ],
 )
 def test_txt2img_bad_input(words, message, text_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (4, 4)).save("a.png")
     Path("empty.txt").write_text("\n \n")
+    Path("bad.yaml").write_text("model: [1")
     with pytest.raises(ValueError, match=message):
         call("txt2img", *words, "--ckpt_path", text_folder, "--device", "cpu")
     assert not Path("outputs").exists()
@@ -253,7 +268,23 @@ def test_sample_ancestral_and_averaged_weights(tmp_path):
     assert read_settings(samples / "img" / "sample_000001.png")["sampler"] == "ddpm"
 
 
+def test_sample_a_model_of_pixels(tmp_path):
+    unet = unconditional_config()["model"]["params"]["unet_config"]
+    params = {"unet_config": unet, "image_size": 8, "channels": 3, "timesteps": 20, "use_ema": False}
+    folder = write_model(tmp_path / "model", {"model": {"target": "ldm.models.diffusion.ddpm.DDPM", "params": params}})
+    call("sample_diffusion", "-r", folder, "-n", 2, "-c", 2, "--device", "cpu", "-l", tmp_path / "a")
+    (samples,) = (tmp_path / "a" / "samples").iterdir()
+    assert Image.open(samples / "img" / "sample_000001.png").size == (8, 8)
+
+
 def test_sample_refuses_the_wrong_model(text_folder, tmp_path):
+    with pytest.raises(ValueError, match="say which model to draw from: -r"):
+        call("sample_diffusion", "-n", 1)
+    stage = write_model(tmp_path / "stage", {"model": vq_stage()})
+    with pytest.raises(ValueError, match="holds a VQModelInterface, which draws nothing"):
+        call("sample_diffusion", "-r", stage, "-n", 1, "--device", "cpu")
+    with pytest.raises(ValueError, match="this VQModelInterface draws no texts"):
+        call("txt2img", "--ckpt_path", stage, "--prompt", "x", "--device", "cpu")
     with pytest.raises(ValueError, match="use scripts/txt2img.py"):
         call("sample_diffusion", "-r", text_folder, "-n", 1, "--device", "cpu")
     folder = write_model(tmp_path / "model", unconditional_config())

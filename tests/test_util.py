@@ -21,7 +21,7 @@ class Base:
 
 
 class Child(Base):
-    def __init__(self, depth: int = 1, **options: Any):
+    def __init__(self, depth: int = 1, rate: float | None = None, **options: Any):
         super().__init__(**options)
         self.depth = depth
 
@@ -87,6 +87,10 @@ def test_published_aliases_build_nothing(alias: str):
         ({"target": "torch.nn.Liner"}, r"module 'torch.nn' has no 'Liner' \(did you mean 'Linear'\?\)"),
         ({"target": HERE + "Base", "params": {"widht": 1}}, r"'widht' is not a parameter of .*did you mean 'width'"),
         ({"target": HERE + "Child", "params": {"width": 1, "nmae": "x"}}, r"'nmae' is not a parameter of .*'name'"),
+        ({"target": HERE + "Base", "params": {"width": "wide"}}, "'width' of .*Base is 'wide'; it takes int"),
+        ({"target": HERE + "Child", "params": {"width": "x"}}, "'width' of .*Child is 'x'; it takes int"),
+        ({"target": "torch.nn.Linear", "params": {"in_features": "a"}}, "'in_features' of .* is 'a'; it takes int"),
+        ({"target": HERE + "Child", "params": {"rate": "x"}}, "'rate' of .* is 'x'; it takes float or null"),
     ],
 )
 def test_what_is_wrong_is_said(config: Any, message: str):

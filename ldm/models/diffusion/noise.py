@@ -17,6 +17,9 @@ class SeededNoise:
     """Noise source with one generator per sample: row k depends on seed k and on the number of earlier draws only."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
+        too_large = [seed for seed in seeds if not -(2**63) <= int(seed) < 2**64]
+        if too_large:
+            raise ValueError(f"seed {too_large[0]} has more than 64 bits: give one from 0 to {2**64 - 1}")
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
