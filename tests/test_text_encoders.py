@@ -320,6 +320,10 @@ def test_minilm_ignores_padding_and_can_zero_it():
     assert_close(b[:, :7], a[:, :7])
     assert not b[:, 7:].any()
     assert a[:, 7:].any()
+    beside = long.encode(["a cat", "a photo of a cat"])  # the longest text decides how much is computed
+    assert_close(beside[0, :4], short.encode(["a cat"])[0, :4])
+    assert not beside[0, 4:].any()
+    assert beside.shape == (2, 40, a.shape[2])
 
 
 def test_minilm_takes_published_files_with_their_unused_parts():

@@ -174,8 +174,13 @@ class FrozenBertEmbedder(TextConditioner):
     def transform(self, embedded: Tensor, token_ids: Tensor) -> Tensor:
         """Conditioning (B, L, D) of word vectors (B, L, D); `token_ids` (B, L) says where padding is."""
         keep = token_ids != self.tokenizer.pad_token_id  # (B, L)
-        x = self.encoder(self.embeddings(embedded), keep)  # (B, L, D)
-        return x * keep.unsqueeze(-1).to(x.dtype) if self.zero_padding else x
+        if not self.zero_padding:
+            return self.encoder(self.embeddings(embedded), keep)
+        # Nothing attends to padding and none of it is returned, so it is not computed: captions are mostly short.
+        length = int(keep.sum(1).max())
+        keep = keep[:, :length]
+        x = self.encoder(self.embeddings(embedded[:, :length]), keep)  # (B, longest text, D)
+        return F.pad(x * keep.unsqueeze(-1).to(x.dtype), (0, 0, 0, token_ids.shape[1] - length))  # (B, L, D)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for key in UNUSED_KEYS:
