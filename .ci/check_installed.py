@@ -6,10 +6,11 @@ from pathlib import Path
 import evaluation
 import ldm
 import main
+import merge_embeddings
 from ldm.modules.encoders.modules import BERTTokenizer
 from ldm.resources import config_path, shipped_configs
 
-for module in (evaluation, ldm, main):
+for module in (evaluation, ldm, main, merge_embeddings):
     place = module.__file__ or next(iter(module.__path__))
     if not Path(place).is_relative_to(sys.argv[1]):
         sys.exit(f"{module.__name__} came from {place}, not from {sys.argv[1]}")

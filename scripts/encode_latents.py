@@ -46,15 +46,14 @@ def main(argv: Sequence[str]) -> None:
 def encode(options: argparse.Namespace) -> None:
     """Encode the pictures and write moments and captions."""
     import torch
-    from omegaconf import OmegaConf
     from torch.utils.data import DataLoader, Subset
     from tqdm import tqdm
 
     from ldm.checkpoint import load_model_from_config
     from ldm.data.latents import LatentWriter
-    from ldm.util import instantiate_from_config
+    from ldm.util import instantiate_from_config, read_yaml
 
-    config = OmegaConf.load(options.config)
+    config = read_yaml(options.config)
     model: Any = load_model_from_config(config, options.ckpt_path)
     data: Any = instantiate_from_config(config.data.params[options.data])
     count = min(options.count or len(data), len(data))

@@ -56,10 +56,11 @@ def test_captions_from_side_car_metadata_and_name(tmp_path: Path) -> None:
         "sub/red_cat-2.jpg": "red cat 2",
     }
     check_image(dataset[0], 8)
-    rows = [{"file_name": "sub/red_cat-2.jpg", "text": "one"}, {"file_name": "a.png", "text": "two"}]
+    rows = [{"file_name": name, "text": text} for name, text in (("sub/red_cat-2.jpg", "one"), ("a.png", "two"))]
+    rows.append({"file_name": "c.webp", "text": ""})
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     dataset = CaptionedImageFolder(tmp_path)
-    assert [dataset[i]["caption"] for i in range(len(dataset))] == ["one", "from the side-car"]
+    assert [dataset[i]["caption"] for i in range(len(dataset))] == ["one", "from the side-car", ""]
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text('file_name,text\nc.webp,"x, y"\n')
     assert CaptionedImageFolder(tmp_path)[0]["caption"] == "x, y"

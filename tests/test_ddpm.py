@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import types
 from typing import Any
 
 import pytest
@@ -231,6 +232,20 @@ def test_cached_moments_stand_for_pictures(model):
     direct = model.get_latents({"image": image})
     torch.manual_seed(0)
     assert_close(model.get_latents({"moments": posterior.parameters}), direct)
+
+
+def test_scale_by_std_is_one_factor_for_all_processes(monkeypatch):
+    model = tiny_model(scale_by_std=True, personalization_config=None)
+    batch = {"moments": torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0))}
+    drawn = []
+    latents = model.get_latents
+    monkeypatch.setattr(model, "get_latents", lambda b: drawn.append(latents(b)) or drawn[-1])
+    monkeypatch.setattr(model, "all_gather", lambda z: torch.stack([z, 3 * z]))
+    for world, everything in ((1, lambda z: z), (2, lambda z: torch.stack([z, 3 * z]))):
+        model._trainer = types.SimpleNamespace(world_size=world, global_rank=0, global_step=0, current_epoch=0)
+        model.scale_factor.fill_(1.0)
+        model.on_train_batch_start(batch, 0)
+        torch.testing.assert_close(model.scale_factor, 1 / everything(drawn[-1]).std())
 
 
 def test_a_mask_of_ones_changes_nothing_and_zeros_hide_errors():

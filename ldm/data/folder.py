@@ -151,7 +151,7 @@ class CaptionedImageFolder(PictureList):
         if file is not None:
             names = _listed(names, [name for name, _ in read_metadata(file)], file)
         found = read_captions(root, [root / name for name in names], file)
-        captions = [found.get(name) or caption_from_name(name) for name in names]
+        captions = [found.get(name, caption_from_name(name)) for name in names]  # an empty caption is one too
         loader = ImageLoader(
             size=size, crop=crop, interpolation=interpolation, flip_p=flip_p, alpha=alpha, background=background
         )
