@@ -274,7 +274,7 @@ class LatentDiffusion(DDPM):
         # A factor that came with a checkpoint belongs to its network and stays.
         fresh = self.global_step == 0 and self.current_epoch == 0 and batch_idx == 0
         if self.scale_by_std and fresh and not self.inverts and float(self.scale_factor) == 1.0:
-            z = self.get_latents(batch)
+            z: Any = self.get_latents(batch)
             if self.trainer.world_size > 1:
                 z = self.all_gather(z)  # one factor, of the whole batch, for all processes
             self.scale_factor.copy_(1.0 / z.flatten().std())
