@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ldm.cli import run_command
@@ -174,7 +174,7 @@ def _split_overrides(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
     overrides: list[str] = []
     takes_text = False
     for word in sys.argv[1:] if argv is None else argv:
-        is_override = re.match(r"\+?[A-Za-z_][\w.\[\]]*=", word) is not None and not Path(word).exists()
+        is_override = re.match(r"\+?[A-Za-z_][\w.\[\]]*=", word) is not None and not os.path.exists(word)
         (overrides if is_override and not takes_text else words).append(word)
         takes_text = word in ("--placeholder_string", "--init_word", "-n", "--name", "-f", "--postfix")
     return words, overrides

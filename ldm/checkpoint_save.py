@@ -35,7 +35,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name[:200]}.{uuid.uuid4().hex[:8]}.tmp")
+        name = target.name.encode(errors="ignore")[:200].decode(errors="ignore")  # file systems allow 255 bytes
+        temporary = target.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
         temporary.touch(exist_ok=False)
         yield temporary
         with temporary.open("rb+") as file:

@@ -33,7 +33,8 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 def slug(text: str) -> str:
     """A file name part made of `text`: lower case, words joined by hyphens, safe on Windows too; "sample" if empty."""
     plain = unicodedata.normalize("NFC", text).lower()
-    words = "-".join(re.findall(r"[^\W_]+", plain))[:LONGEST_SLUG].strip("-")
+    words = "-".join(re.findall(r"[^\W_]+", plain))[:LONGEST_SLUG]
+    words = words.encode()[: 2 * LONGEST_SLUG].decode(errors="ignore").strip("-")  # systems count bytes
     if not words:
         return "sample"
     return f"{words}-" if words in RESERVED_ON_WINDOWS else words

@@ -176,6 +176,7 @@ def test_other_settings_do_not_overwrite(tmp_path):
 def test_slugs_are_file_names_everywhere(text):
     name = G.slug(text)
     assert 0 < len(name) <= 81
+    assert len(name.encode()) <= 160
     assert not set(name) & set('<>:"/\\|?*. \0\n\t')
     assert name.upper() not in {"CON", "PRN", "AUX", "NUL", "COM1", "LPT9"}
     assert G.slug(text) == name
@@ -185,6 +186,16 @@ def test_slugs_can_be_read():
     assert G.slug("A photo of *, in the <style-1>!") == "a-photo-of-in-the-style-1"
     assert G.slug("???") == "sample"
     assert G.slug("CON") == "con-"
+    assert G.slug("\u732b" * 200) == "\u732b" * 53
+
+
+def test_long_names_can_be_written(tmp_path):
+    image = np.zeros((1, 4, 4, 3), dtype=np.uint8)
+    (path,) = G.save_images(image, tmp_path, [{"prompt": "\U00020000" * 90, "seed": 123456789012}])
+    assert path.is_file()
+    long = tmp_path / ("\u732b" * 83 + ".png")  # 253 bytes
+    assert G.save_png(image[0], long).is_file()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_grid(tmp_path):

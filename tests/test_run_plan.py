@@ -121,6 +121,12 @@ def test_overrides_may_follow_any_flag(base: Path):
     assert made.seed == made.config.seed == 5
 
 
+def test_an_override_may_be_long(base: Path):
+    values = list(range(200))
+    made = plan("--base", base, f"+data.params.train.params.many={values}")
+    assert made.config.data.params.train.params.many == values
+
+
 def test_trainer_flags_win_over_the_config(base: Path):
     made = plan("--base", base, "--max_steps", 3, "--limit_val_batches", "1.0", "--devices", "0,1", "--gpus", "0,")
     trainer = made.lightning.trainer
