@@ -48,8 +48,12 @@ def digest(settings: Any) -> str:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Hash of a file's size and content; of a file of many megabytes only both ends are read."""
+    """Hash of a file's size and content; of many megabytes only both ends are read. Of a folder: all its files."""
     path = Path(path)
+    if path.is_dir():
+        return digest(
+            {file.relative_to(path).as_posix(): fingerprint(file) for file in path.rglob("*") if file.is_file()}
+        )
     size = path.stat().st_size
     state = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

@@ -22,7 +22,7 @@ from evaluation.fidelity import (
 )
 from evaluation.image_dirs import load_images
 from evaluation.metrics import psnr, ssim
-from evaluation.plan import VERSION, plain
+from evaluation.plan import VERSION, plain, what_matters
 from evaluation.results import TableResult, summarise
 from ldm.data.captions import read_captions
 from ldm.data.personalized import find_images
@@ -108,9 +108,9 @@ def score_first_stage(
 def reconstruct(stage: Any, images: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) through a first stage and back."""
     encoded = stage.encode(images)
-    if hasattr(encoded, "mode"):
-        return stage.decode(encoded.mode())
-    return stage.decode(encoded[0] if isinstance(encoded, tuple) else encoded)
+    if isinstance(encoded, tuple):  # quantised vectors, loss, codes
+        return stage.decode(encoded[0])
+    return stage.decode(encoded if isinstance(encoded, Tensor) else encoded.mode())
 
 
 # ------------------------------------------------------------------------------------------------- text to image
@@ -126,7 +126,7 @@ def drawing_units(
     units = []
     for start in range(0, len(captions), chunk):
         jobs = list(enumerate(captions))[start : start + chunk]
-        settings = {"version": VERSION, "weights": weights, "sampling": vars(sampling), "first": start,
+        settings = {"version": VERSION, "weights": weights, "sampling": what_matters(sampling), "first": start,
                     "captions": [text for _, text in jobs]}  # fmt: skip
         units.append((Unit("captions", plain(settings)), jobs))
     return units

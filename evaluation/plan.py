@@ -212,7 +212,6 @@ class Planner:
         """The pictures of a row."""
         request = self.request
         sampling = sampling_options(request.model, row, request.model.quick if request.quick else None)
-        depends_on = {field: value for field, value in dataclasses.asdict(sampling).items() if field != "batch_size"}
         first = seed * SEED_STRIDE
         settings = {
             "version": VERSION,
@@ -221,7 +220,7 @@ class Planner:
             "prompts": [list(texts) for texts in prompts],
             "count": request.pictures,
             "seed": first,
-            "sampling": depends_on,
+            "sampling": what_matters(sampling),
         }
         return Drawing(Unit("draw", plain(settings)), words, prompts, request.pictures, first, sampling)
 
@@ -244,6 +243,11 @@ class Planner:
         }
         pictures = second.pictures[: options.pictures] if second else ()
         return Scoring(Unit("score", plain(settings)), drawing, texts, concept.pictures[:count], pictures, table)
+
+
+def what_matters(sampling: Sampling) -> dict[str, Any]:
+    """The settings that pictures depend on: how many are drawn at a time is none of them."""
+    return {field: value for field, value in dataclasses.asdict(sampling).items() if field != "batch_size"}
 
 
 def wordings(row: Row, concept: Concept, prompts: Prompts) -> tuple[tuple[str, ...], ...]:

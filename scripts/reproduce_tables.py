@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import main as training
     from evaluation.cells import parse_shard
     from evaluation.reproduce import Options, reproduce
-    from evaluation.tables import markdown_claims, markdown_rows, progress_note
+    from evaluation.tables import markdown_claims, markdown_rows, progress_note, with_interval
 
     words = sys.argv[1:] if argv is None else list(argv)
     options = Options(
@@ -131,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         command=shlex.join(["python", "scripts/reproduce_tables.py", *words]),
     )
     result = reproduce(options, training.main)
-    for line in (*markdown_rows(result), "", *markdown_claims(result), "", progress_note(result)):
+    measures = [f"{says}: {with_interval(found)}" for says, found in result.measures.items()]
+    for line in (*markdown_rows(result), "", *markdown_claims(result), "", *measures, progress_note(result)):
         print(line)
     print(options.out_folder / "report.html")
 

@@ -223,6 +223,92 @@ def test_help_needs_no_torch(tmp_path: Path):
     assert " torch" not in result.stderr
 
 
+# -- tables that come along, by the command ------------------------------------------------------------------------
+
+
+def command_line(world: Options, table: str, out: Path, *more: str) -> list[str]:
+    return ["--table", table, "--model", "tiny", "--models", str(world.models_file), "--concepts", str(world.concepts),
+            "--scorer_weights", f"own={world.weights['own']}", "--store", world.store, "--out", str(out),
+            "--device", "cpu", *more]  # fmt: skip
+
+
+def run(world: Options, table: str, out: Path, *more: str) -> dict:
+    load("reproduce_tables").main(command_line(world, table, out, *more))
+    return json.loads((out / "table.json").read_text())
+
+
+def test_what_a_word_gains_over_its_initial_word(
+    result: TableResult, world: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    del result  # its words are used again
+    record = run(world, "inversion", tmp_path)
+    assert record["done"] == record["total"] == 2 * 3
+    ours = {name: row["ours"] for name, row in record["rows"].items()}
+    gap = ours["real"]["image"]["mean"] - ours["initial_word"]["image"]["mean"]
+    closed = (ours["word"]["image"]["mean"] - ours["initial_word"]["image"]["mean"]) / gap
+    assert record["measures"]["Share of the gap that is closed"]["mean"] == pytest.approx(closed, abs=1e-3)
+    assert [line["concept"] for line in record["concepts"]] == ["cat", "mug"]
+    better = [line["image(word)"] > line["image(initial_word)"] for line in record["concepts"]]
+    assert record["claims"][0]["concepts"] == [sum(better), 2]
+    said = capsys.readouterr().out
+    assert "Share of the gap that is closed" in said
+    assert "By concept" in (tmp_path / "report.html").read_text()
+    texts = [json.loads(p.read_text())["prompts"] for p in (Path(world.store) / "draw").glob("*/settings.json")]
+    assert [["a photo of sculpture"], ["sculpture on the beach"], ["two sculpture"]] in texts
+
+
+def test_two_words_in_one_prompt(result: TableResult, world: Options, tmp_path: Path):
+    del result
+    record = run(world, "composition", tmp_path / "out", "--second", "mug", "--export", str(tmp_path / "pictures"))
+    assert record["done"] == record["total"] == 4
+    assert [line["concept"] for line in record["concepts"]] == ["cat"]
+    assert all(row["ours"]["second_image"] for row in record["rows"].values())
+    exported = {path.relative_to(tmp_path / "pictures").parts[:2] for path in (tmp_path / "pictures").rglob("*.png")}
+    assert exported == {(row, "cat") for row in ("training", "object_only", "style_only", "both", "neither")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["figure10", "figure12", "style", "custom_diffusion", "sweep_learning_rate"])
+def test_every_row_of_a_shipped_table(table: str, result: TableResult, world: Options, tmp_path: Path):
+    del result
+    options = yaml.safe_load(Path(world.models_file).read_text())
+    short = read_yaml(config_path(f"evaluation/{table}.yaml"))
+    for row in short["rows"].values():
+        if "steps" in row.get("training", {}):
+            row["training"]["steps"] = 2
+        row.get("sampling", {}).pop("steps", None)
+    judges = {"clip": "emoji64"} if "judges" in short else options["tiny"]["judges"]
+    short |= {"judges": judges, "options": {}}
+    file = tmp_path / f"{table}.yaml"
+    file.write_text(yaml.safe_dump(short))
+    (alias,) = judges
+    record = run(world, str(file), tmp_path / "out", "--names", "cat",
+                 "--scorer_weights", f"{alias}={world.weights['own']}")  # fmt: skip
+    assert record["done"] == record["total"] > 0
+    measured = [name for name, row in record["rows"].items() if any(row["ours"].values())]
+    assert measured == [row.name for row in read_table(str(file)).rows if row.source != "published"]
+
+
+@pytest.mark.parametrize("name", [name for name in table_names() if read_table(name).kind == "inversion"])
+def test_shipped_tables_can_be_planned(name: str, world: Options):
+    models = {**read_yaml(config_path("evaluation/models.yaml"))["embedded"], "judges": {"own": "emoji64"}}
+    model = read_yaml(Path(world.models_file))["tiny"]
+    table = dataclasses.replace(read_table(name, "embedded"), judges={})
+    spec = dataclasses.replace(
+        read_model("embedded"), config=model["config"], checkpoint=model["checkpoint"], judges=models["judges"]
+    )
+    if "layout" in table.options or "init_words" in table.options:
+        return  # made for folders of pictures
+    options = dataclasses.replace(world, concepts=None, names=["crown"], table=name)
+    request = make_request(options, table, spec, Store(world.store))
+    cells = Planner(request).cells()
+    rows = [row for row in table.rows if row.source != "published"]
+    assert [cell.row.name for cell in cells] == [row.name for row in rows] * 3  # crown has captions of either kind
+    if table.second:
+        assert request.second is not None
+        assert request.second.kind == "style"
+
+
 # -- what led to it ------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +395,8 @@ def test_a_scale_is_for_display_and_claims_alike(world: Options):
         ({"claims": [{"says": "", "holds_if": "image(our) > 0"}]}, "did you mean 'ours'"),
         ({"kind": "inversions"}, "none of inversion"),
         ({"image_over": "some"}, "image_over 'some'"),
+        ({"measures": [{"says": "x", "value": "image(our) - 1"}]}, "did you mean 'ours'"),
+        ({"measures": [{"says": "x", "value": "image(ours"}]}, "no sum of"),
         ({"titel": ""}, "did you mean 'title'"),
     ],
 )
