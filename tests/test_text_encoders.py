@@ -97,6 +97,14 @@ def test_class_embedder_and_rescaler_meet_reference(golden):
     assert_close(SpatialRescaler(1, "bicubic", 0.75, in_channels=6)(case["in.x"]), case["rescale_bicubic075.out"])
 
 
+def test_class_labels_that_do_not_fit_are_named():
+    classes = ClassEmbedder(8, n_classes=10, key="class_label")
+    with pytest.raises(ValueError, match="the batch has no 'class_label'; it has \\['caption', 'image'\\]"):
+        classes({"image": torch.zeros(2), "caption": ["a", "b"]})
+    with pytest.raises(ValueError, match="class labels from 3 to 10 for n_classes 10"):
+        classes(torch.tensor([3, 10]))
+
+
 def test_openclip_equals_open_clips_own_text_transformer():
     model = FrozenOpenCLIPEmbedder(text_config=TINY_OPEN_CLIP)
     ids = model.tokenize(["a photo of a cat", ""])

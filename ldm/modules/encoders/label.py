@@ -22,5 +22,14 @@ class ClassEmbedder(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor] | Tensor, key: str | None = None) -> Tensor:
         """One-token conditioning (B, 1, D) of a batch that holds labels (B,) under `key`, or of the labels."""
-        labels = batch if isinstance(batch, Tensor) else batch[key or self.key]
-        return self.embedding(labels[:, None])  # (B, 1, D)
+        key = key or self.key
+        if not isinstance(batch, Tensor) and key not in batch:
+            raise ValueError(f"the batch has no '{key}'; it has {sorted(batch)}: set the class embedder's key")
+        labels = batch if isinstance(batch, Tensor) else batch[key]
+        try:
+            return self.embedding(labels[:, None])  # (B, 1, D)
+        except IndexError as error:
+            raise ValueError(
+                f"class labels from {int(labels.min())} to {int(labels.max())} for n_classes "
+                f"{self.embedding.num_embeddings}: they must lie from 0 to {self.embedding.num_embeddings - 1}"
+            ) from error
