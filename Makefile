@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install test slow lint format types check smoke data
+.PHONY: help install test slow interop lint format types check smoke data
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -12,6 +12,10 @@ test:  ## run the tests (a few minutes)
 
 slow:  ## run the tests that take minutes or many gigabytes
 	python -m pytest -m slow
+
+interop:  ## run the tests against diffusers and transformers (pip install -e ".[interop]" first)
+	python -c "import accelerate, diffusers, transformers"
+	python -m pytest -m interop
 
 lint:  ## check style and formatting
 	ruff check .
@@ -27,7 +31,7 @@ types:  ## check the type hints
 check: lint types test  ## what has to pass before a change lands
 
 smoke:  ## train and sample tiny models of every kind through the commands (some minutes)
-	python -m pytest -m slow tests/test_main_smoke.py
+	python -m pytest -m slow --dist load tests/test_main_smoke.py
 
 data:  ## build the emoji pictures that the embedded model was trained on
 	python scripts/data/build_emoji.py
