@@ -48,6 +48,7 @@ CALLBACKS: dict[str, str] = {
     "gradient_guard": "ldm.callbacks.GradientGuard",
     "fixed_validation": "ldm.callbacks.FixedValidation",
     "sample_grids": "ldm.callbacks.SampleGrids",
+    "alignment": "evaluation.alignment.Alignment",
     "run_report": "ldm.callbacks.RunReport",
     "mode_swap_callback": "ldm.callbacks.ModeSwapCallback",
     "moments_cache": "ldm.callbacks.MomentsCache",
@@ -74,6 +75,12 @@ def execute(plan: RunPlan) -> None:
     try:
         if plan.train:
             trainer.fit(model, data, ckpt_path=plan.resume)
+            if not any(isinstance(c, cb.StepSeed) and c.batches for c in trainer.callbacks):  # type: ignore[attr-defined]
+                log.warning(
+                    "No step was trained: the run stands at step %d, and the config ends it at max_steps %s or "
+                    "max_epochs %s; --max_steps sets another end", trainer.global_step, trainer.max_steps,
+                    trainer.max_epochs,
+                )  # fmt: skip
         if plan.test and OmegaConf.select(plan.config, "data.params.test"):
             run_test(trainer, model, data)
     except cb.RunStopped as stop:
@@ -271,7 +278,8 @@ def build_callbacks(plan: RunPlan, model: pl.LightningModule, options: dict[str,
             "every_n_train_steps": 10000,
             "save_weights_only": True,
         }
-    built = [_build_callback(name, chosen.get(name) or {}, defaults.get(name, {})) for name in {**defaults, **chosen}]
+    names = sorted({**defaults, **chosen}, key=lambda name: name == "run_report")  # it shows what the others left
+    built = [_build_callback(name, chosen.get(name) or {}, defaults.get(name, {})) for name in names]
     if "last_checkpoint" in defaults:
         built += best_checkpoints(plan, model, checkpoint, options)
     return built
@@ -299,7 +307,6 @@ def _progress_callbacks(plan: RunPlan, chosen: dict[str, Any], every: int, savin
             "every_n_train_steps": max(10, every // 5),
         },
         "sample_grids": {"run_dir": plan.run_dir, "every_n_train_steps": every, "disabled": not drawing},
-        # the last: it shows what the others left
         "run_report": {
             "run_dir": plan.run_dir,
             "started": plan.started,

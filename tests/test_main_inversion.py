@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.modules.embedding_io import read_embeddings
+import main
+from ldm.cli import BAD_INPUT, run_command
+from ldm.modules.embedding_io import EmbeddingFile, read_embeddings, write_embeddings
 from tests.conftest import END_TO_END
 from tests.tiny_inversion import inversion, words
 from tests.tiny_models import TEXT_WEIGHTS
@@ -93,9 +97,65 @@ def test_captions_without_the_word_are_noticed(tmp_path: Path):
         )  # fmt: skip
 
 
+def test_a_run_without_steps_says_so(learned: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run_main(*words(inversion(tmp_path), tmp_path), "--max_steps", 0)
+    assert "No step was trained: the run stands at step 0" in caplog.text
+    caplog.clear()
+    before = last_checkpoint(learned)["global_step"]
+    run_main("-r", learned)  # it has reached its end
+    assert f"No step was trained: the run stands at step {before}" in caplog.text
+
+
 def test_an_unknown_initial_word(tmp_path: Path):
     with pytest.raises(ValueError, match="initial word 'zyzzyva'"):
         run_main(*words(inversion(tmp_path), tmp_path), "--init_word", "zyzzyva")
+
+
+def test_five_pictures_one_of_them_broken(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = tmp_path / "pictures"
+    shutil.copytree(END_TO_END / "images", folder)
+    (folder / "4.png").write_bytes((folder / "0.png").read_bytes()[:300])
+    (folder / "a.heic").write_bytes(b"no picture")
+    _, config, *_ = words(inversion(tmp_path), tmp_path)
+    run_main("--base", config, "--data_root", folder, "-l", tmp_path / "logs", "--max_steps", 1)
+    (line,) = [line for line in caplog.text.splitlines() if "skipped" in line]
+    assert "4.png (is truncated or damaged" in line
+    assert "a.heic (is not an image that can be read (convert it to JPEG or PNG))" in line
+    assert read_embeddings(only_run(tmp_path / "logs") / "checkpoints" / "embeddings.pt").info["step"] == 1
+
+
+@pytest.mark.parametrize("case", ["empty", "captions", "other_model", "hostile"])
+def test_broken_input_is_one_sentence_and_leaves_nothing_behind(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(END_TO_END / "images", tmp_path / "images")
+    (tmp_path / "empty").mkdir()
+    for picture in (tmp_path / "images").glob("*.png"):
+        picture.with_suffix(".txt").write_text("a photo of a cat")
+    write_embeddings(EmbeddingFile({"*": torch.ones(1, 768)}), tmp_path / "clip.pt")
+    torch.save({"string_to_param": {"*": Hostile()}}, tmp_path / "hostile.pt")
+    more, message = {
+        "empty": (["--data_root", "empty"], "empty holds no picture"),
+        "captions": (["data.params.train.params.captions=sidecar"], "lacks the placeholder '*'"),
+        "other_model": (["--embedding_manager_ckpt", "clip.pt"], "width 768 (Stable Diffusion 1"),
+        "hostile": (["--embedding_manager_ckpt", "hostile.pt"], "hostile.pt would run code"),
+    }[case]
+    command = ["--base", str(inversion(tmp_path)), "--data_root", "images", *more]
+    with pytest.raises(SystemExit) as exit_info:
+        run_command(main.main, command)
+    assert exit_info.value.code == BAD_INPUT
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "logs").exists()
+    assert not (tmp_path / "executed").exists()
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("executed",)
 
 
 def test_signals_are_given_back(learned: Path):

@@ -25,6 +25,10 @@ from ldm.checkpoint import atomic_path
 log = logging.getLogger(__name__)
 
 PREVIEWS = {SampleGrids: "sample grids", ImageLogger: "training pictures", FixedValidation: METRIC}
+SIMILARITIES = {  # of evaluation.alignment, where a run measures them
+    "val/text_similarity": "how closely edits of the word follow their text",
+    "val/image_similarity": "how like the word's pictures are to those it learned from",
+}
 MOST_STEPS = 8  # of the sample grids
 NEAREST = 5
 GRIDS = {"raw": "without guidance", "guided": "with guidance"}
@@ -123,6 +127,8 @@ class RunReport(pl.Callback):
             comparable += f"; best at step {best}"
         curves = curve(fixed, comparable, mark=best)
         curves += curve(train, "train/loss by step (pale) and its running average", smoothed=True)
+        for name, meaning in SIMILARITIES.items():
+            curves += curve(read_metric(self.run_dir, name), f"{name} by step: {meaning}")
         return curves or "<p class='muted'>Too few losses were logged for a curve.</p>"
 
     def cost(self, trainer: pl.Trainer) -> str:

@@ -114,6 +114,8 @@ def curve(points: Points, title: str, smoothed: bool = False, mark: float | None
     low, high = ordered[0], ordered[-1 - (len(ordered) // 50 if smoothed else 0)]
     pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     low, high = low - pad, high + pad
+    # as many digits as tell the ends of the axis apart
+    digits = max(3, 2 + math.ceil(math.log10(max(abs(low), abs(high)) / (high - low))))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x0) / ((x1 - x0) or 1)
@@ -128,7 +130,7 @@ def curve(points: Points, title: str, smoothed: bool = False, mark: float | None
     for y in (low + pad, (low + high) / 2, high - pad):
         height = place(x0, y)[1]
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{height:.1f}" y2="{height:.1f}" stroke="#e4e4e4"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{y:.4g}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{y:.{digits}g}</text>')
     for x in (x0, (x0 + x1) // 2, x1):
         anchor = "start" if x == x0 else "end" if x == x1 else "middle"
         parts.append(f'<text x="{place(x, low)[0]:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{x:g}</text>')

@@ -36,6 +36,7 @@ class StepSeed(pl.Callback):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed
+        self.batches = 0  # of this part of the run
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -44,6 +45,7 @@ class StepSeed(pl.Callback):
         del pl_module, batch, batch_idx
         done = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
         seed_everywhere(self.seed, done, 0, TRAINING)
+        self.batches += 1
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

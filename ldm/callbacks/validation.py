@@ -62,7 +62,7 @@ class FixedValidation(pl.Callback):
     | `seed`, `disabled` | of the noise; do nothing |
 
     Pictures are those of the validation set, else of the training set. Any other metric than `val/loss_fixed` is read
-    after each validation of the trainer.
+    after each validation of the trainer, or passed to `consider` by the callback that measures it.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class FixedValidation(pl.Callback):
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted([METRIC, *trainer.callback_metrics]))
             raise ValueError(f"there is no metric '{self.monitor}' to choose the best vectors by; there are: {known}")
-        self._consider(trainer, pl_module, float(trainer.callback_metrics[self.monitor]))
+        self.consider(trainer, pl_module, float(trainer.callback_metrics[self.monitor]))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate the end of the run."""
@@ -175,7 +175,7 @@ class FixedValidation(pl.Callback):
         trainer.callback_metrics[METRIC] = torch.tensor(value)
         self.seconds += time.perf_counter() - began
         if self.monitor == METRIC:
-            self._consider(trainer, pl_module, value)
+            self.consider(trainer, pl_module, value)
 
     def loss(self, model: Any) -> float:
         """Mean loss of all pictures at all time steps; to be called with seeded random numbers."""
@@ -230,8 +230,8 @@ class FixedValidation(pl.Callback):
 
     # -- the best ------------------------------------------------------------------------------------------------
 
-    def _consider(self, trainer: pl.Trainer, pl_module: Any, value: float) -> None:
-        """Save vectors that are the best so far; stop when the last ones were long ago."""
+    def consider(self, trainer: pl.Trainer, pl_module: Any, value: float) -> None:
+        """Save the present vectors if `value`, their `monitor`, is the best so far; stop if the best was long ago."""
         sign = 1 if self.mode == "min" else -1
         better = self.best is None or sign * value < sign * self.best - self.min_delta
         if better and math.isfinite(value):
