@@ -20,6 +20,7 @@ from tests.tiny_run import COLOURS, RGB, only_run, run_main
 
 CONFIGS = DATA / "configs"
 SIZE = 16
+GREY = 110
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -33,7 +34,7 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for colour in COLOURS:
         (folder / colour).mkdir()
         for number in range(16):
-            picture = np.full((SIZE, SIZE, 3), 110, np.uint8)
+            picture = np.full((SIZE, SIZE, 3), GREY, np.uint8)
             side = 2 * int(random.integers(3, 6))  # on the grid of the latents, which is quickly learnt
             x, y = 2 * random.integers(0, (SIZE - side) // 2 + 1, 2)
             picture[y : y + side, x : x + side] = as_bytes(colour)
@@ -87,6 +88,16 @@ def colour_of(path: Path) -> str:
     return min(COLOURS, key=lambda colour: float(np.abs(vivid - as_bytes(colour)).sum()))
 
 
+def shows_a_square(path: Path) -> bool:
+    """Whether a picture is grey but for a part in one of the colours, give or take 40 levels and a quarter."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
+    known = np.array([(GREY,) * 3, *(as_bytes(colour) for colour in COLOURS)])
+    grey, *colours = (np.abs(pixels - colour).max(-1) < 40 for colour in known)  # (H, W) each
+    square = max(colours, key=np.mean)
+    return bool(square.mean() > 0.08 and (grey | square).mean() > 0.75)
+
+
 @pytest.mark.parametrize(("name", "psnr"), [("kl", 22.0), ("vq", 18.0)])
 def test_first_stages_reconstruct(name: str, psnr: float, trained: Callable[..., Path]):
     run = trained(name)
@@ -104,8 +115,7 @@ def test_unconditional_model_draws_squares(trained: Callable[..., Path], tmp_pat
     assert len(pictures) == 8
     (archive,) = tmp_path.rglob("*.npz")
     assert np.load(archive)["arr_0"].shape == (8, SIZE, SIZE, 3)
-    spread = [float(np.asarray(Image.open(p), dtype=np.float64).std()) for p in pictures]
-    assert 20 < np.mean(spread) < 90  # neither flat nor noise at full scale
+    assert sum(map(shows_a_square, pictures)) >= 6
 
 
 def test_class_conditional_model_draws_the_class(trained: Callable[..., Path], tmp_path: Path):
