@@ -15,12 +15,14 @@ from evaluation.results import TableResult, metric_notes
 from evaluation.stats import FAILS, HOLDS, UNDECIDED
 from evaluation.tables import (
     DASH,
+    claims_title,
     concept_lines,
     is_published,
     method_note,
     number,
     progress_note,
     share,
+    source_note,
     with_interval,
     write_text,
 )
@@ -69,7 +71,7 @@ def to_html(result: TableResult, figure: bytes | None = None, gallery: Sequence[
     table = result.table
     parts = [
         f"<h1>{escape(table.title)}</h1>",
-        f'<p class="soft">Published figures: {escape(table.source)}. {escape(result.facts.get("Model", ""))}.</p>',
+        f'<p class="soft">{escape(source_note(result))} {escape(result.facts.get("Model", ""))}.</p>',
         f'<p class="note">{escape(progress_note(result))}</p>' if progress_note(result) else "",
         html_summary(result),
         html_figure(figure),
@@ -118,7 +120,7 @@ def html_claims(result: TableResult) -> str:
     )
     listed = f'<ul class="claims">{"".join(items)}</ul>'
     note = f'<p class="soft small">{escape(method_note(result))}</p>'
-    return f"<h2>What the paper claims</h2>\n{measures}{listed}\n{note}"
+    return f"<h2>{claims_title(result)}</h2>\n{measures}{listed}\n{note}"
 
 
 def html_share(finding: Finding) -> str:

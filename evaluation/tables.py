@@ -22,8 +22,9 @@ FEW = 5  # a bootstrap over fewer concepts says too little
 PERCENT = round(100 * LEVEL)
 METHOD = (
     f"Brackets: {PERCENT} % bootstrap intervals over concepts and, within them, seeds; differences are paired. A claim "
-    "holds when the interval of its difference (left side minus right side) lies above 0, does not when it lies below, "
-    "and is undecided otherwise; the concepts are those for which the difference is positive by itself."
+    "holds when the interval of its difference (the side that should be larger minus the other) lies above 0, does not "
+    "when it lies below, and is undecided otherwise; the concepts are those for which the difference is positive by "
+    "itself."
 )
 
 
@@ -52,18 +53,30 @@ def progress_note(result: TableResult) -> str:
     return f"Not finished: {result.done} of {result.total} cells are there. The same command goes on."
 
 
+def source_note(result: TableResult) -> str:
+    """Where the published figures come from, or what there is in their stead."""
+    table = result.table
+    published = any(row.published for row in table.rows)
+    return f"Published figures: {table.source}." if published else f"No published figures: {table.source}."
+
+
+def claims_title(result: TableResult) -> str:
+    """Heading of the claims: a paper's, or what one may expect."""
+    return "What the paper claims" if any(row.published for row in result.table.rows) else "What should hold"
+
+
 # ------------------------------------------------------------------------------------------------------ markdown
 
 
 def to_markdown(result: TableResult) -> str:
     """The table, the verdicts and what led to them."""
     table = result.table
-    lines = [f"# {table.title}", "", f"Published figures: {table.source}.", ""]
+    lines = [f"# {table.title}", "", source_note(result), ""]
     if note := progress_note(result):
         lines += [f"**{note}**", ""]
     lines += markdown_rows(result)
     if result.findings:
-        lines += ["", "## What the paper claims", "", *markdown_claims(result)]
+        lines += ["", f"## {claims_title(result)}", "", *markdown_claims(result)]
     if result.measures:
         lines += ["", *(f"- {says}: **{with_interval(found)}**" for says, found in result.measures.items())]
     lines += ["", method_note(result), ""]

@@ -15,6 +15,8 @@ from evaluation.figures import write_figure
 from evaluation.gallery import Exhibit, Strip, picture_address
 from evaluation.report import to_html, write_report
 from evaluation.results import TableResult, summarise
+from evaluation.stats import FAILS, HOLDS, UNDECIDED
+from evaluation.tables import to_markdown
 from tests.browser import needs_browser, title_of
 
 FIND = """<script>
@@ -79,10 +81,57 @@ def test_the_page_is_escaped_and_says_what_it_rests_on(result: TableResult):
     assert "too narrow" not in page
     few = summarise(result.table, [r for r in result.cells if r["concept"] in "ab"], ["a", "b"], [0, 1], {}, 48)
     assert "With 2 concepts the intervals are too narrow" in to_html(few)
-    table = Table("t", "<t>", "s", (Row("a", "<b>"),), claims=(Claim("<i>", "image(a) > 0"),))
-    assert "&lt;b&gt;" in to_html(
-        summarise(table, [{"row": "a", "concept": "x", "seed": 0, "image": 1.0}], ["x"], [0], {}, 1)
-    )
+    assert "What the paper claims" in page
+    table = Table("t", "<t>", "nobody", (Row("a", "<b>"),), claims=(Claim("<i>", "image(a) > 0"),))
+    one = summarise(table, [{"row": "a", "concept": "x", "seed": 0, "image": 1.0}], ["x"], [0], {}, 1)
+    assert "&lt;b&gt;" in to_html(one)
+    for text in (to_html(one), to_markdown(one)):
+        assert "No published figures: nobody." in text
+        assert "What should hold" in text
+
+
+@pytest.fixture(scope="module")
+def by_concept() -> TableResult:
+    """What words gain for four concepts; in one of them a word is worse than its initial word."""
+    table = read_table("inversion")
+    means = {"initial_word": (0.5, 0.30), "word": (0.7, 0.29), "real": (0.8, 0.2)}
+    records = [
+        {"row": row, "concept": c, "seed": s, "image": image, "text": text}
+        for row, (image, text) in means.items()
+        for c in "abcd"
+        for s in (0, 1, 2)
+    ]
+    for record in records:
+        if record["row"] == "word":
+            record["image"] += 0.001 * record["seed"] - 0.25 * (record["concept"] == "d")
+    return summarise(table, records, list("abcd"), [0, 1, 2], {}, len(records))
+
+
+def test_a_claim_about_every_concept(by_concept: TableResult):
+    first, second, third = by_concept.findings
+    assert (first.verdict, first.concepts) == (FAILS, (3, 4))
+    assert first.difference.mean == pytest.approx(-0.049)
+    assert (third.verdict, third.concepts) == (UNDECIDED, (4, 4))  # the same for all: nothing is known of the spread
+    assert second.concepts == (3, 4)
+    better = summarise(by_concept.table, [r for r in by_concept.cells if r["concept"] != "d"], list("abc"), [0, 1, 2],
+                       {}, 36)  # fmt: skip
+    assert better.findings[0].concepts == (3, 3)
+    assert better.findings[0].verdict == HOLDS
+    missing = summarise(by_concept.table, better.cells, list("abcd"), [0, 1, 2], {}, 36)
+    assert missing.findings[0].concepts == (3, 3)
+    assert missing.findings[0].verdict == UNDECIDED  # not every concept is there
+
+
+def test_measures_and_concepts_are_shown(by_concept: TableResult):
+    says = "Share of the gap that is closed"
+    assert by_concept.measures[says].mean == pytest.approx((0.201 * 3 - 0.049) / 4 / 0.3)
+    assert [line[says] for line in by_concept.concepts] == pytest.approx([0.201 / 0.3] * 3 + [-0.049 / 0.3])
+    markdown, page = to_markdown(by_concept), to_html(by_concept)
+    assert f"- {says}: **0.462 [" in markdown
+    assert "3 of 4" in markdown
+    assert "| a | 0.500 | 0.701 | 0.800 | 0.300 |" in markdown
+    assert "3 of 4 concepts" in page
+    assert "By concept" in page
 
 
 @needs_browser

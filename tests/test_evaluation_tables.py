@@ -442,6 +442,11 @@ def test_shipped_tables_are_sound(name: str):
     assert re.match(r"# \w", config_path(f"evaluation/{name}.yaml").read_text())
 
 
+def test_every_shipped_table_is_documented():
+    document = (ROOT / "docs" / "evaluation.md").read_text()
+    assert not [name for name in table_names() if f"`{name}`" not in document]
+
+
 @pytest.mark.parametrize("name", ["embedded", "ldm", "sd15"])
 def test_shipped_models_are_sound(name: str):
     model = read_model(name)
