@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint_file import open_checkpoint
+from ldm.checkpoint_folder import is_diffusers_folder
+from ldm.checkpoint_folder_config import config_of_folder
 from ldm.checkpoint_formats import CheckpointError
 from ldm.checkpoint_load import BUILD, BuildOptions, LoadReport, as_floating, is_optional, load_weights, some
+from ldm.checkpoint_open import open_checkpoint
 from ldm.checkpoint_recognise import ModelInfo, recognise, recognise_file, recognise_shapes
 from ldm.checkpoint_save import atomic_path, save_safely, save_safetensors
 from ldm.util import ConfigError, instantiate_from_config, read_yaml, to_plain
@@ -30,6 +32,7 @@ __all__ = [
     "atomic_path",
     "load_model_from_config",
     "load_weights",
+    "model_config_for",
     "open_checkpoint",
     "read_state_dict",
     "recognise",
@@ -49,6 +52,7 @@ def read_state_dict(
 ) -> dict[str, Tensor]:
     """Read the state dict of a checkpoint file, nested or flat; floating-point tensors as `dtype` if one is given.
 
+    A diffusers folder's tensors come under their original names.
     Tensors that need no conversion are mapped from the file: they take memory only where they are used, and share it.
     Raises `FileNotFoundError`, or `CheckpointError` when the file is no whole and harmless checkpoint.
     """
@@ -70,11 +74,11 @@ def load_model_from_config(
     """Build the model of a config with the weights of a checkpoint file, in eval mode, near the file's size of memory.
 
     `config` is a YAML file's path, a config with a `model` key, or the model's own `{target, params}`; without one the
-    checkpoint's keys and shapes choose it (`size`, in pixels, helps where they cannot). `dtype` converts floating-point
-    weights; the noise schedule stays float32. Raises `CheckpointError` when the file does not belong to the config or
-    lacks weights.
+    checkpoint's keys and shapes, or a folder's own configs, choose it (`size`, in pixels, helps where they cannot).
+    `dtype` converts floating-point weights; the noise schedule stays float32. Raises `CheckpointError` when the file
+    does not belong to the config or lacks weights.
     """
-    model_config = _model_config(config, ckpt_path, size)
+    model_config = model_config_for(config, ckpt_path, size)
     params = model_config.setdefault("params", {})
     path = ckpt_path or params.get("ckpt_path")
     if path is None:
@@ -90,13 +94,12 @@ def load_model_from_config(
     return model.to(device).eval()
 
 
-def _model_config(config: Any, ckpt_path: str | Path | None, size: int | None) -> dict[str, Any]:
+def model_config_for(config: Any, ckpt_path: str | Path | None, size: int | None) -> dict[str, Any]:
+    """The model's `{target, params}` from any form of config, or from the checkpoint itself where there is none."""
     if config is None:
         if ckpt_path is None:
             raise ConfigError("neither a config nor a checkpoint is given")
-        info = recognise(ckpt_path, size)
-        logger.info("%s %s", ckpt_path, info.sentence)
-        config = info.require_config()
+        config = _config_for(ckpt_path, size)
     if isinstance(config, (str, Path)):
         config = read_yaml(config)
     config = to_plain(config)
@@ -104,6 +107,15 @@ def _model_config(config: Any, ckpt_path: str | Path | None, size: int | None) -
     if not isinstance(config, Mapping):
         raise ConfigError(f"expected a config with a 'model' key, got: {config!r}")
     return {**config, "params": dict(config.get("params") or {})}
+
+
+def _config_for(ckpt_path: str | Path, size: int | None) -> Path | dict[str, Any]:
+    """What a checkpoint says itself about its config: a folder all of it, a file its keys and shapes."""
+    if is_diffusers_folder(ckpt_path):
+        return config_of_folder(ckpt_path)
+    info = recognise(ckpt_path, size)
+    logger.info("%s %s", ckpt_path, info.sentence)
+    return info.require_config()
 
 
 def _without_ckpt_paths(config: Any) -> Any:

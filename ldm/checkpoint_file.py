@@ -30,6 +30,11 @@ class TensorInfo:
     stride: tuple[int, ...]
     start: int
 
+    @classmethod
+    def packed(cls, dtype: str, shape: tuple[int, ...], start: int) -> TensorInfo:
+        """Where a tensor lies whose items follow one another in C order."""
+        return cls(dtype, shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), start)
+
     @property
     def span(self) -> int:
         """Bytes from the first to the last item."""
@@ -68,6 +73,10 @@ class TensorFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; mapped tensors stay valid."""
         self._file.close()
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Tensor:
@@ -127,7 +136,7 @@ class TensorFile:
         return raw.view(getattr(torch, info.dtype)).as_strided(info.shape, info.stride)
 
 
-def open_checkpoint(path: str | Path) -> TensorFile:
+def open_file(path: str | Path) -> TensorFile:
     """Open a `.ckpt`, `.pt`, `.pth`, `.bin` or `.safetensors` file and read its index; runs nothing that it contains.
 
     Raises `FileNotFoundError` when there is none, `CheckpointError` when it is no whole and harmless checkpoint.

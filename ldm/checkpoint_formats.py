@@ -236,8 +236,8 @@ def _describe_stranger(file: io.BufferedReader, head: bytes, size: int) -> str:
 
 def describe_folder(path: Path) -> str:
     """What a folder given in place of a file is, and what to name instead."""
-    if (path / "model_index.json").exists() or (path / "unet" / "config.json").exists():
-        return "a diffusers folder; name a single .ckpt or .safetensors file in the original layout"
+    if (path / "model_index.json").exists():
+        return "a diffusers folder without unet/config.json, so none of Stable Diffusion; name a checkpoint file"
     files = sorted(p.name for p in path.glob("*") if p.suffix in (".ckpt", ".pt", ".pth", ".bin", ".safetensors"))
     return f"a folder; name the file{': ' + ', '.join(files[:5]) if files else ''}"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint_file import TensorFile, open_checkpoint
 from ldm.checkpoint_formats import CheckpointError
+from ldm.checkpoint_open import Checkpoint, open_checkpoint
 from ldm.checkpoint_recognise import Traits, recognise_file, recognise_shapes
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class _Slot:
         """The same for all keys of one tensor."""
         return id(self.owner), self.attribute
 
-    def load(self, file: TensorFile, name: str, dtype: torch.dtype | None, device: str | torch.device) -> None:
+    def load(self, file: Checkpoint, name: str, dtype: torch.dtype | None, device: str | torch.device) -> None:
         """Fill from the file: in place if the tensor exists in the wanted type, else by putting a new one there."""
         old = self.tensor
         keep_type = not old.is_floating_point() or old.dim() == 0 or dtype is None
@@ -161,7 +161,7 @@ def _slots(module: nn.Module) -> dict[str, _Slot]:
 
 
 def _names(
-    file: TensorFile, shapes: Mapping[str, tuple[int, ...]], prefix: str, ignore_keys: tuple[str, ...], ema: bool
+    file: Checkpoint, shapes: Mapping[str, tuple[int, ...]], prefix: str, ignore_keys: tuple[str, ...], ema: bool
 ) -> dict[str, str]:
     """For each key of the module the name of its tensor in the file, where the file has one."""
     names = {key: prefix + key for key in shapes if prefix + key in file.tensors}
@@ -185,7 +185,7 @@ def _same_but_ones(a: Sequence[int], b: Sequence[int]) -> bool:
 
 
 def _compare(
-    file: TensorFile,
+    file: Checkpoint,
     shapes: Mapping[str, tuple[int, ...]],
     names: Mapping[str, str],
     prefix: str,
@@ -217,7 +217,7 @@ def _drop_aliases(report: LoadReport, slots: Mapping[str, _Slot]) -> None:
 
 
 def _check_fit(
-    file: TensorFile, module: nn.Module, shapes: Mapping[str, tuple[int, ...]], report: LoadReport, strict: bool
+    file: Checkpoint, module: nn.Module, shapes: Mapping[str, tuple[int, ...]], report: LoadReport, strict: bool
 ) -> None:
     weights = [key for key in report.loaded if not is_optional(key)]
     strict_fault = strict and (report.missing or report.unexpected)
@@ -239,7 +239,7 @@ def _check_fit(
 
 
 def _fill(
-    file: TensorFile,
+    file: Checkpoint,
     slots: Mapping[str, _Slot],
     names: Mapping[str, str],
     dtype: torch.dtype | None,

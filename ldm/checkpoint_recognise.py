@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint_file import TensorFile, open_checkpoint
+from ldm.checkpoint_folder import is_diffusers_folder
 from ldm.checkpoint_formats import CheckpointError, describe_folder
+from ldm.checkpoint_open import Checkpoint, open_checkpoint
 from ldm.checkpoint_pickle import PickledObject
 from ldm.resources import config_path
 
@@ -66,24 +67,27 @@ def recognise(source: str | Path | Shapes, size: int | None = None) -> ModelInfo
     if isinstance(source, Mapping):
         return recognise_shapes(source, size=size)
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and not is_diffusers_folder(path):
         return ModelInfo("folder", "", f"is {describe_folder(path)}")
     with open_checkpoint(path) as file:
         return recognise_file(file, size)
 
 
-def recognise_file(file: TensorFile, size: int | None = None) -> ModelInfo:
+def recognise_file(file: Checkpoint, size: int | None = None) -> ModelInfo:
     """As `recognise`, for a file that is open already."""
     shapes: Shapes = {name: info.shape for name, info in file.tensors.items()}
     if isinstance(file.tree, PickledObject):
         return ModelInfo("object", "", f"is a pickled {file.tree.type}; save its state_dict() instead")
     if not shapes and isinstance(file.tree, dict):
         shapes = {key: () for key in file.tree if isinstance(key, str)}
-    return recognise_shapes(shapes, file.path, size)
+    hints = [value for key, value in file.scalars.items() if key == "prediction_type" and isinstance(value, str)]
+    return recognise_shapes(shapes, file.path, size, hints)
 
 
-def recognise_shapes(shapes: Shapes, path: Path | None = None, size: int | None = None) -> ModelInfo:
-    """As `recognise`, for names and shapes at hand; `path` and `size` help to choose among models of one shape."""
+def recognise_shapes(
+    shapes: Shapes, path: Path | None = None, size: int | None = None, hints: Sequence[str] = ()
+) -> ModelInfo:
+    """As `recognise`, for names and shapes at hand; the rest helps to choose among models of one shape."""
     traits = traits_of(shapes)
     if traits == Traits():
         return _recognise_small(shapes)
@@ -92,7 +96,7 @@ def recognise_shapes(shapes: Shapes, path: Path | None = None, size: int | None 
         return ModelInfo("unknown", "", f"holds {describe(traits)}, which no published config has", traits)
     row = max(rows, key=lambda row: _overlap(traits, row))
     configs: list[str] = row["configs"]
-    config, why = _choose(configs, row.get("hints", {}), path, size)
+    config, why = _choose(configs, row.get("hints", {}), path, size, hints)
     sentence = f"holds {row['title']}: {describe(traits)}"
     others = tuple(name for name in configs if name != config)
     if others:
@@ -205,10 +209,15 @@ def _overlap(traits: Traits, row: Mapping[str, Any]) -> int:
     return sum(getattr(traits, part) == row[part] for part in ("unet", "first_stage", "cond_stage"))
 
 
-def _choose(configs: list[str], hints: Mapping[str, str], path: Path | None, size: int | None) -> tuple[str, str]:
-    """The config that the picture size or a word in the path (file or folder names) hints at, else the first; why."""
+def _choose(
+    configs: list[str], hints: Mapping[str, str], path: Path | None, size: int | None, said: Sequence[str]
+) -> tuple[str, str]:
+    """The config for what the file says, the picture size or a word in the path hints at, else the first; and why."""
     if not configs:
         return "", ""
+    for word in said:
+        if word in hints:
+            return hints[word], f"for its prediction_type '{word}'"
     words = [] if path is None else re.split(r"[^a-z0-9]+", "/".join(path.absolute().parts[-3:]).lower())
     for hint, config in hints.items():
         if hint == str(size):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ldm.checkpoint import load_model_from_config
+from ldm.checkpoint_folder import is_diffusers_folder
 from ldm.resources import resource_root
 
 DEFAULT_MODEL = "models/ldm/emoji64"
@@ -67,7 +68,7 @@ class ModelFiles:
 
 
 def find_model_files(path: str | Path | None = None, config: str | Path | None = None) -> ModelFiles:
-    """Files of the model that `path` means: a checkpoint file, a model's folder or a run directory.
+    """Files of the model that `path` means: a checkpoint file, a model's folder (diffusers' too) or a run directory.
 
     Without `config`, the `config.yaml` beside the weights or the run directory's own config is taken, if there is
     one. Without `path`, the model that comes with the project. Raises `FileNotFoundError` that says what was sought.
@@ -82,6 +83,10 @@ def find_model_files(path: str | Path | None = None, config: str | Path | None =
             )
         path = folder
     path = Path(path)
+    if config is not None and not Path(config).is_file():
+        raise FileNotFoundError(f"no config at {config}")
+    if is_diffusers_folder(path):
+        return ModelFiles(path, Path(config) if config is not None else None)
     if path.is_dir():
         found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
         if found is None:
@@ -89,8 +94,6 @@ def find_model_files(path: str | Path | None = None, config: str | Path | None =
         path = found
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    if config is not None and not Path(config).is_file():
-        raise FileNotFoundError(f"no config at {config}")
     return ModelFiles(path, Path(config) if config is not None else _config_beside(path))
 
 
@@ -100,6 +103,29 @@ def _config_beside(checkpoint: Path) -> Path | None:
         return checkpoint.parent / "config.yaml"
     runs = sorted((checkpoint.resolve().parents[1] / "configs").glob("*-project.yaml"))  # named by time: last is newest
     return runs[-1] if runs and checkpoint.resolve().parent.name == "checkpoints" else None
+
+
+def adjust_model(
+    model: Any,
+    parameterization: str | None = None,
+    zero_terminal_snr: bool = False,
+    clip_skip: int | None = None,
+) -> None:
+    """Use a loaded model otherwise than its config says; the defaults change nothing.
+
+    `parameterization` is what it predicts ("eps", "v", "x0"); `zero_terminal_snr` rescales its schedule so that the
+    last step is pure noise; `clip_skip` = n leaves out the last n - 1 layers of those that its text model runs.
+    Raises `ValueError` where the model cannot do it.
+    """
+    if parameterization is not None:
+        model.parameterization = parameterization
+    if zero_terminal_snr:
+        model.rescale_to_zero_terminal_snr()
+    if clip_skip is not None:
+        stage = model.cond_stage_model
+        if not hasattr(stage, "clip_skip"):
+            raise ValueError(f"clip_skip is for Stable Diffusion's text models, not for {type(stage).__name__}")
+        stage.clip_skip = clip_skip
 
 
 def load_model(

@@ -34,7 +34,7 @@ FLOORS: list[set[str]] = [
     {"ldm.models.diffusion.plms", "ldm.models.diffusion.dpm_solver", "ldm.models.diffusion.ancestral"},
     {"ldm.models.diffusion.visualize"},
     {"ldm.models.diffusion"},
-    {"ldm.generate", "ldm.run"},
+    {"ldm.convert", "ldm.generate", "ldm.run"},
     {"ldm.callbacks"},
     {"ldm.training"},
     {"ldm.training"},

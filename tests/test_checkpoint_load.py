@@ -226,7 +226,7 @@ def test_configs_from_files_and_average_copies(tmp_path: Path, tiny: dict[str, A
     averages = dict(model.model_ema.named_buffers())
     for name, parameter in model.model.named_parameters():
         assert torch.equal(averages[name.replace(".", "")], parameter)
-    with pytest.raises(FileNotFoundError, match="no config at .*other.yaml"):
+    with pytest.raises(FileNotFoundError, match="no config .*other.yaml"):
         load_model_from_config(tmp_path / "other.yaml", TINY)
 
 

@@ -114,9 +114,10 @@ class DDPM(pl.LightningModule):
             betas = np.asarray(given_betas, dtype=np.float64)
         else:
             betas = schedule.make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        self.zero_terminal_snr = zero_terminal_snr
         if zero_terminal_snr:
             betas = schedule.rescale_zero_terminal_snr(betas)
-        self._register_schedule(betas, v_posterior)
+        self._register_schedule(betas)
         self.learn_logvar = learn_logvar
         logvar = torch.full((self.num_timesteps,), float(logvar_init), device="cpu")
         if learn_logvar:
@@ -126,11 +127,11 @@ class DDPM(pl.LightningModule):
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
 
-    def _register_schedule(self, betas: np.ndarray, v_posterior: float) -> None:
+    def _register_schedule(self, betas: np.ndarray) -> None:
         """Register the schedule's arrays as buffers; real tensors even when the model is built on the meta device."""
         self.num_timesteps = len(betas)
         with torch.device("cpu"):
-            buffers = schedule.diffusion_buffers(betas, self.parameterization, v_posterior)
+            buffers = schedule.diffusion_buffers(betas, self.parameterization, self.v_posterior)
             acp = buffers["alphas_cumprod"]
             if self.min_snr_gamma is not None:
                 buffers["snr_weights"] = min_snr_weights(acp, self.min_snr_gamma, self.parameterization)
@@ -147,6 +148,14 @@ class DDPM(pl.LightningModule):
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
+    def rescale_to_zero_terminal_snr(self) -> None:
+        """Change the schedule so that its last step holds no signal; for models that predict v or x0."""
+        device = self.alphas_cumprod.device
+        betas = self.get_buffer("betas").cpu().double().numpy()
+        self._register_schedule(schedule.rescale_zero_terminal_snr(betas))
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = None if buffer is None else buffer.to(device)
+
     def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = (), only_unet: bool = False) -> None:
         """Load weights from a checkpoint file; what was missing or left over is logged."""
         from ldm.checkpoint import load_weights
@@ -154,6 +163,8 @@ class DDPM(pl.LightningModule):
         load_weights(
             self.model if only_unet else self, path, ignore_keys=ignore_keys, prefix="model." if only_unet else ""
         )
+        if self.zero_terminal_snr:  # files carry the schedule that they were trained with, which here is not to count
+            self.rescale_to_zero_terminal_snr()
 
     # -- the model -----------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ CLEANINGS = ("ftfy", "ftfy+html", "nfc")
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 WORD_END = "</w>"
 START_TOKEN_ID, END_TOKEN_ID = 49406, 49407
+SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 
 # Every byte is written as one visible character: itself where it is visible in Latin-1, else one from U+0100 on.
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -24,10 +25,8 @@ BYTES_OF: dict[str, int] = {char: byte for byte, char in BYTE_CHARS.items()} | {
 
 
 @lru_cache(maxsize=1)
-def _byte_pairs() -> tuple[Any, list[str]]:
-    """The encoder of one word, and the text of each id: bytes, bytes that end a word, then one entry per merge."""
-    from tokenizers.models import BPE
-
+def read_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
+    """The text of each id (bytes, bytes that end a word, then one entry per merge), and the merges in order."""
     spec = importlib.util.find_spec("open_clip")
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError("open_clip, which packages CLIP's vocabulary, is missing: pip install open_clip_torch")
@@ -38,6 +37,15 @@ def _byte_pairs() -> tuple[Any, list[str]]:
     count = START_TOKEN_ID - 2 * len(singles)  # the file goes on with merges that CLIP does not use
     merges: list[tuple[str, str]] = [(left, right) for left, right in map(str.split, lines[1 : 1 + count])]
     symbols = [*singles, *(char + WORD_END for char in singles), *(left + right for left, right in merges)]
+    return symbols, merges
+
+
+@lru_cache(maxsize=1)
+def _byte_pairs() -> tuple[Any, list[str]]:
+    """The encoder of one word, and the text of each id."""
+    from tokenizers.models import BPE
+
+    symbols, merges = read_vocabulary()
     vocab = {symbol: token_id for token_id, symbol in enumerate(symbols)}
     return BPE(vocab, merges, end_of_word_suffix=WORD_END), symbols
 
@@ -57,7 +65,7 @@ class CLIPTokenizer:
         self,
         pad_token_id: int,
         cleaning: str = "ftfy",
-        special_tokens: tuple[str, str] = ("<|startoftext|>", "<|endoftext|>"),
+        special_tokens: tuple[str, str] = SPECIAL_TOKENS,
     ) -> None:
         import regex
 
