@@ -33,7 +33,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--precision",
         default="full",
         choices=("full", "autocast", "half"),
-        help="full: float32; autocast: 16 bits where it is safe; half: 16-bit weights, half the memory (default: full)",
+        help="full: float32; autocast: 16 bits where it is safe; half: 16-bit weights (default: %(default)s)",
     )
 
 

@@ -17,12 +17,14 @@ from ldm.generate_model import (
     DEFAULT_MODEL,
     PRECISIONS,
     ModelFiles,
+    adjust_model,
     find_model_files,
     load_model,
     precision_context,
     select_device,
     weight_dtype,
 )
+from ldm.generate_prompts import batches, chunk_counts, encode_prompts
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -35,6 +37,8 @@ __all__ = [
     "SAMPLERS",
     "ModelFiles",
     "SamplingOptions",
+    "adjust_model",
+    "encode_prompts",
     "find_model_files",
     "iter_images",
     "latent_shape",
@@ -73,6 +77,8 @@ class SamplingOptions:
     negative_prompt: str = ""
     height: int | None = None  # pixels; None: what the model was trained on
     width: int | None = None
+    prompt_weights: bool = False  # `(word:1.2)` in prompts changes how much words count
+    long_prompts: bool = False  # prompts longer than the text model's length are encoded in chunks
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -157,8 +163,8 @@ def iter_images(
     shape = latent_shape(model, options.height, options.width)
     scope = model.ema_scope("Sampling") if use_ema else contextlib.nullcontext()
     with scope, precision_context(precision, model.device):
-        for start in range(0, len(seeds), batch_size):
-            rows = slice(start, min(start + batch_size, len(seeds)))
+        counts = [1] * len(seeds) if prompts is None else chunk_counts(model, prompts, options)
+        for rows in batches(counts, batch_size):
             if prompts is not None:
                 cond, uncond = encode_prompts(model, prompts[rows], options)
             elif callable(conditioning):
@@ -178,14 +184,6 @@ def iter_images(
                 verbose=verbose,
             )
             yield decode(model, latents)
-
-
-def encode_prompts(model: Any, prompts: Sequence[str], options: SamplingOptions) -> tuple[Any, Any]:
-    """Conditioning of the prompts, and of the negative prompt where guidance needs it (else None)."""
-    cond = model.get_learned_conditioning(list(prompts))
-    if options.scale == 1.0:
-        return cond, None
-    return cond, model.get_learned_conditioning([options.negative_prompt] * len(prompts))
 
 
 def decode(model: Any, latents: Tensor) -> Tensor:

@@ -35,16 +35,17 @@ PICTURE_FLAGS = (  # what a picture's metadata holds besides its prompt and seed
     "negative_prompt", "sampler", "ddim_steps", "ddim_eta", "scale", "guidance_rescale", "H", "W",
     "ckpt_path", "config", "precision", "embedding_path", "rename", "strength",
 )  # fmt: skip
+NEWER_FLAGS = ("prompt_weights", "long_prompts", "clip_skip", "parameterization", "zero_terminal_snr")  # the same
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Parser of the command line."""
+def build_parser(prog: str = "txt2img.py", examples: str = EXAMPLES) -> argparse.ArgumentParser:
+    """Parser of the command line, of this command or of one that adds to it."""
     from ldm.cli import add_debug_flag, add_model_flags
 
     parser = argparse.ArgumentParser(
-        prog="txt2img.py",
+        prog=prog,
         description="Draw pictures from texts, with learned words if embedding files are given.",
-        epilog=EXAMPLES,
+        epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -52,18 +53,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--negative_prompt", default="", metavar="TEXT", help="what the pictures shall not show")
     add("--from-file", metavar="TXT", help="a file with one prompt per line, instead of --prompt")
     add("--from-image", metavar="PNG", help="take all settings from a picture made here; further flags change them")
-    add("--outdir", default="outputs/txt2img-samples", help="default: outputs/txt2img-samples")
-    add("--n_samples", type=int, default=4, metavar="N", help="pictures of each prompt at a time (default: 4)")
-    add("--n_iter", type=int, default=1, metavar="N", help="how often that many (default: 1)")
+    add("--outdir", default="outputs/txt2img-samples", help="default: %(default)s")
+    add("--n_samples", type=int, default=4, metavar="N", help="pictures of a prompt at a time (default: %(default)s)")
+    add("--n_iter", type=int, default=1, metavar="N", help="how often that many (default: %(default)s)")
     add("--batch_size", type=int, metavar="N", help="at most this many at a time, to save memory (default: n_samples)")
     add("--seed", type=int, default=42, help="picture k of a prompt is drawn with seed + k (default: 42)")
+    add("--fixed_code", action="store_true", help="the same noise each of n_iter times: seeds from --seed on again")
     add("--H", type=int, metavar="PIXELS", help="height (default: the model's own, 256 for LDM-1.4B)")
     add("--W", type=int, metavar="PIXELS", help="width (default: the model's own)")
+    add("--n_rows", type=int, default=0, metavar="N", help="pictures in a row of the grid (default: n_samples)")
     add("--skip_grid", action="store_true", help="write no grid of all pictures")
     add("--skip_save", action="store_true", help="write no single pictures")
     add_debug_flag(parser)
     _add_sampling_flags(parser)
     add_model_flags(parser)
+    _add_model_options(parser)
     _add_word_flags(parser)
     return parser
 
@@ -73,10 +77,34 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--sampler", default="ddim", choices=("ddim", "plms", "dpm", "ddpm"), help="default: ddim")
     add("--plms", action="store_const", const="plms", dest="sampler", help="the same as --sampler plms")
-    add("--ddim_steps", "--steps", type=int, default=200, metavar="N", help="steps of any sampler (default: 200)")
+    add(
+        "--ddim_steps",
+        "--steps",
+        type=int,
+        default=200,
+        metavar="N",
+        help="of any sampler (default: %(default)s)",
+    )
     add("--ddim_eta", type=float, default=0.0, metavar="ETA", help="ddim: 0 adds no noise, 1 much (default: 0)")
-    add("--scale", type=float, default=5.0, help="guidance: how closely to follow the text; 1 is none (default: 5)")
+    add(
+        "--scale",
+        type=float,
+        default=5.0,
+        help="guidance: how closely to follow the text; 1 is none (%(default)s)",
+    )
     add("--guidance_rescale", type=float, default=0.0, metavar="R", help="0 to 1, against over-exposure (default: 0)")
+    add("--prompt_weights", action="store_true", help="(word:1.2) counts more, (word:0.8) and [word] less; \\( is a (")
+    add("--long_prompts", action="store_true", help="encode prompts longer than the text model's length in chunks")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how to use the model, where its config does not say it right")
+    add = group.add_argument
+    add("--clip_skip", type=int, metavar="N",
+        help="leave out the last N - 1 layers of the text model that it would run (default: 1, none)")  # fmt: skip
+    add("--parameterization", choices=("eps", "v", "x0"), help="what the model predicts (default: as its config says)")
+    add("--zero_terminal_snr", action="store_true",
+        help="begin at pure noise; for models of v that were trained so")  # fmt: skip
 
 
 def _add_word_flags(parser: argparse.ArgumentParser) -> None:
@@ -89,9 +117,9 @@ def _add_word_flags(parser: argparse.ArgumentParser) -> None:
         help="1: the learned word, 0: the word it started from; for all files or each (default: 1)")  # fmt: skip
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """Parse the command line; with --from-image, the picture's settings are the defaults of all flags."""
-    parser = build_parser()
+    parser = parser or build_parser()
     args = parser.parse_args(argv)
     if args.from_image:
         from ldm.generate_files import read_settings
@@ -101,7 +129,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if unknown:
             raise ValueError(f"{args.from_image} was not made by txt2img.py: its settings lack {sorted(unknown)[0]}")
         parser.set_defaults(n_samples=1, prompt=settings["prompt"], seed=settings["seed"])
-        parser.set_defaults(**{flag: settings[flag] for flag in PICTURE_FLAGS})
+        parser.set_defaults(**{flag: settings[flag] for flag in (*PICTURE_FLAGS, *NEWER_FLAGS) if flag in settings})
         args = parser.parse_args(argv)
         args.expected_words = settings.get("embedding_sha256", [])
     for flag in ("n_samples", "n_iter", "batch_size"):
@@ -152,7 +180,7 @@ def check_words(prompts: Sequence[str], words: Sequence[str]) -> None:
 
 def settings_of(args: argparse.Namespace, prompt: str, seed: int) -> dict[str, Any]:
     """What a picture's metadata says: all that it depends on."""
-    settings = {"prompt": prompt, "seed": seed} | {flag: getattr(args, flag) for flag in PICTURE_FLAGS}
+    settings = {"prompt": prompt, "seed": seed} | {flag: getattr(args, flag) for flag in (*PICTURE_FLAGS, *NEWER_FLAGS)}
     return settings | {"embedding_sha256": getattr(args, "embedding_sha256", [])}
 
 
@@ -169,6 +197,8 @@ def sampling_options(args: argparse.Namespace) -> SamplingOptions:
         negative_prompt=args.negative_prompt,
         height=args.H,
         width=args.W,
+        prompt_weights=args.prompt_weights,
+        long_prompts=args.long_prompts,
     )
 
 
@@ -179,7 +209,8 @@ def draw(
     from ldm.generate import iter_images, save_images, to_uint8
 
     count = args.n_samples * args.n_iter
-    jobs = [(prompt, args.seed + k) for prompt in prompts for k in range(count)]
+    seeds = [args.seed + (k % args.n_samples if args.fixed_code else k) for k in range(count)]
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     pictures: list[np.ndarray] = []
     files: list[Path] = []
     for images in iter_images(
@@ -211,20 +242,19 @@ def save_grids(args: argparse.Namespace, prompts: Sequence[str], pictures: Seque
         groups = {name: pictures}
     else:
         groups = {slug(prompt): pictures[k * count : (k + 1) * count] for k, prompt in enumerate(prompts)}
-    columns = args.n_samples if count > 1 else None
+    columns = args.n_rows or (args.n_samples if count > 1 else None)
     return [
         save_grid(np.stack(part), Path(args.outdir) / f"{name}_{args.seed}-grid.png", columns)
         for name, part in groups.items()
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line `argv`."""
-    args = parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """Load the model, draw and save all that `args` ask for, and print where it is."""
     prompts = read_prompts(args)
     if prompts is None and not args.embedding_path:
         raise ValueError('say what to draw: --prompt "...", --from-file or --embedding_path; --help has examples')
-    from ldm.generate import load_model
+    from ldm.generate import adjust_model, load_model
     from ldm.protocols import TextEncoder
 
     options = sampling_options(args)  # what is wrong with the flags shows before a large model is loaded
@@ -232,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not isinstance(getattr(model, "cond_stage_model", None), TextEncoder):
         name = type(model).__name__
         raise ValueError(f"this {name} draws no texts: name a text model, or use scripts/sample_diffusion.py")
+    adjust_model(model, args.parameterization, args.zero_terminal_snr, args.clip_skip)
     words = load_words_of(model, args)
     prompts = prompts or [f"a photo of {words[0]}"]
     check_words(prompts, words)
@@ -241,6 +272,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(path)
     if len(files) > 8:
         print(f"... and {len(files) - 8} more in {files[0].parent}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line `argv`."""
+    run(parse_args(argv))
 
 
 if __name__ == "__main__":

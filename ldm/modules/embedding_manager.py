@@ -215,7 +215,7 @@ class EmbeddingManager(nn.Module):
         A placeholder of n vectors pushes the rest of its row to the right. What no longer fits is cut off, but the
         end token stays. Neither argument is changed.
         """
-        layout = self._expand(token_ids)
+        layout = self.layout(token_ids)
         first, offsets = 0, torch.full_like(layout.ids, -1)
         tables = []
         for name, token_id in self._ids.items():
@@ -231,9 +231,10 @@ class EmbeddingManager(nn.Module):
 
     def expand(self, token_ids: Tensor) -> Tensor:
         """Token ids (B, L) with each placeholder repeated once per active vector, cut at L as in `forward`."""
-        return self._expand(token_ids).ids
+        return self.layout(token_ids).ids
 
-    def _expand(self, ids: Tensor) -> Layout:
+    def layout(self, ids: Tensor) -> Layout:
+        """Where each position of the expanded token ids (B, L) comes from."""
         length = ids.shape[1]
         positions = torch.arange(length, device=ids.device).expand_as(ids).contiguous()  # (B, L)
         if all(self.active(name) == 1 for name in self._ids):

@@ -209,15 +209,25 @@ class FrozenCLIPEmbedder(TextConditioner):
         config = dataclasses.replace(VERSIONS[version], **(text_config or {}))
         if config.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {config.hidden_act!r} is unknown; known: {', '.join(ACTIVATIONS)}")
-        if not 1 <= clip_skip <= config.num_hidden_layers:
-            raise ValueError(f"clip_skip {clip_skip} is not within 1 ... {config.num_hidden_layers}")
         if not 2 <= max_length <= config.max_position_embeddings:
             raise ValueError(f"max_length {max_length} is not within 2 ... {config.max_position_embeddings}")
         self.max_length = max_length
-        self.clip_skip = clip_skip
         self._cleaning = cleaning
         self.transformer = CLIPTextModel(config)
+        self.clip_skip = clip_skip
         freeze(self)
+
+    @property
+    def clip_skip(self) -> int:
+        """1 when all layers are used, 2 without the last one, and so on."""
+        return self._clip_skip
+
+    @clip_skip.setter
+    def clip_skip(self, value: int) -> None:
+        layers = len(self.transformer.text_model.encoder.layers)
+        if not 1 <= value <= layers:
+            raise ValueError(f"clip_skip {value} is not within 1 ... {layers}")
+        self._clip_skip = value
 
     def _build_tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer(END_TOKEN_ID, self._cleaning)

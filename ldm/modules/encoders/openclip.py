@@ -74,10 +74,27 @@ class FrozenOpenCLIPEmbedder(TextConditioner):
         self.model = TextTransformer(**sizes, output_dim=width, act_layer=QuickGELU if quick else nn.GELU)
         # Built in `transform`: a buffer outside the state dict would stay empty when built on the meta device.
         self.model.attn_mask = None
+        self.clip_skip = 1
         # Part of published checkpoints, unused here.
         self.model.logit_scale = nn.Parameter(torch.ones([]))
         if freeze:
             freeze_module(self)
+
+    @property
+    def _layers(self) -> int:
+        """Blocks up to the one that `layer` names."""
+        return len(self.model.transformer.resblocks) - LAYERS[self.layer]
+
+    @property
+    def clip_skip(self) -> int:
+        """1 for the state that `layer` names, 2 for the one before it, and so on."""
+        return self._clip_skip
+
+    @clip_skip.setter
+    def clip_skip(self, value: int) -> None:
+        if not 1 <= value <= self._layers:
+            raise ValueError(f"clip_skip {value} is not within 1 ... {self._layers}")
+        self._clip_skip = value
 
     def _build_tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer(0, "ftfy+html", special_tokens=("<start_of_text>", "<end_of_text>"))
@@ -92,7 +109,6 @@ class FrozenOpenCLIPEmbedder(TextConditioner):
         length = embedded.shape[1]
         x = embedded + self.model.positional_embedding[:length].to(embedded.dtype)
         mask = torch.full((length, length), float("-inf"), device=x.device, dtype=x.dtype).triu(1)  # (L, L)
-        blocks = self.model.transformer.resblocks
-        for block in blocks[: len(blocks) - LAYERS[self.layer]]:
+        for block in self.model.transformer.resblocks[: self._layers + 1 - self.clip_skip]:
             x = block(x, attn_mask=mask)
         return self.model.ln_final(x)  # (B, L, D)

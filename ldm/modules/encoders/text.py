@@ -205,13 +205,13 @@ class TextConditioner(nn.Module):
         rows = []
         for text in texts:
             ids = text_to_ids(self.tokenizer, text, placeholders)
-            self._check_ids(ids, placeholders, text)
-            self._warn_if_long(ids, placeholders, text)
+            self.check_ids(ids, placeholders, text)
+            self.warn_if_long(ids, placeholders, text)
             rows.append(frame(self.tokenizer, ids, self.max_length))
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), self.max_length)
 
-    def _check_ids(self, ids: Sequence[int], placeholders: Mapping[str, int], text: str) -> None:
-        """The tokenizer's vocabulary must fit the table: a wrong vocabulary file would otherwise pass unnoticed."""
+    def check_ids(self, ids: Sequence[int], placeholders: Mapping[str, int], text: str) -> None:
+        """Raise ValueError for ids outside the table: a wrong vocabulary file would otherwise pass unnoticed."""
         known = set(placeholders.values())
         outside = next((i for i in ids if i >= self.vocab_size and i not in known), None)
         if outside is not None:
@@ -220,7 +220,8 @@ class TextConditioner(nn.Module):
                 "use the vocabulary that the model was trained with"
             )
 
-    def _warn_if_long(self, ids: Sequence[int], placeholders: Mapping[str, int], text: str) -> None:
+    def warn_if_long(self, ids: Sequence[int], placeholders: Mapping[str, int], text: str) -> None:
+        """Say once for each text which words `frame` will cut off."""
         room = self.max_length - 2
         if len(ids) > room and text not in self._truncated:
             self._truncated.add(text)
