@@ -101,6 +101,27 @@ def test_learning_rate_is_scaled_and_explained(tmp_path: Path, caplog: pytest.Lo
     assert model.learning_rate == 1e-3
 
 
+def test_the_fused_optimiser_clips_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Clipped(pl.Callback):
+        def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+            gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+            if gradients:
+                norms.append(torch.cat(gradients).norm().item())
+            fused.append(optimizer.param_groups[0]["fused"])
+
+    norms: list[float] = []
+    fused: list[bool] = []
+    monkeypatch.setattr("ldm.models.diffusion.ddpm_base.FUSED_FROM", 0)
+    words = ("--gradient_clip_val", 1e-3, "--precision", "bf16-mixed", "--max_steps", 3)
+    plan, model, trainer = build(tmp_path, tiny_config(), *words)
+    training.set_learning_rate(plan, model, trainer)
+    trainer.callbacks.append(Clipped())
+    trainer.fit(model, training.instantiate_from_config(plan.config.data))
+    assert norms == pytest.approx([1e-3] * len(norms), rel=1e-3)
+    assert len(norms) > 1
+    assert all(fused)
+
+
 def test_first_stages_accumulate_and_clip_themselves(tmp_path: Path):
     words = ("--accumulate_grad_batches", 2, "--gradient_clip_val", 0.5)
     plan, model, trainer = build(tmp_path, first_stage_config(), *words)

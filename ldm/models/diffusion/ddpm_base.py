@@ -11,6 +11,8 @@ from typing import Any, Self
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.precision import MixedPrecision, Precision
+from pytorch_lightning.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 
 from ldm.models.diffusion import schedule
@@ -20,6 +22,8 @@ from ldm.modules.ema import LitEma
 from ldm.util import count_params, instantiate_from_config
 
 logger = logging.getLogger(__name__)
+
+FUSED_FROM = 1_000_000  # parameters
 
 
 class DDPM(pl.LightningModule):
@@ -325,14 +329,31 @@ class DDPM(pl.LightningModule):
         if self.learning_rate is None:
             raise ValueError("learning_rate is not set: main.py sets it from model.base_learning_rate")
         groups = self.parameter_groups()
-        # The fused kernel halves the optimiser's memory traffic; a few vectors gain nothing from it.
-        fused = sum(p.numel() for g in groups for p in g["params"]) > 1_000_000
+        # The fused kernel halves the optimiser's memory traffic; a few vectors gain nothing from it. It undoes the
+        # loss scale of float16 within its step, too late for clipping.
+        fused = sum(p.numel() for g in groups for p in g["params"]) > FUSED_FROM and not self._clips_scaled_gradients
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
         if self.scheduler_config is None:
             return optimizer
         multiplier = instantiate_from_config(self.scheduler_config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=multiplier.schedule)
         return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
+
+    @property
+    def _clips_scaled_gradients(self) -> bool:
+        trainer = self._trainer
+        return trainer is not None and bool(trainer.gradient_clip_val) and trainer.precision == "16-mixed"
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the gradients; with fused optimisers in bfloat16 too, which has no loss scale in the way."""
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0, algorithm)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @torch.no_grad()
     def log_images(
