@@ -88,6 +88,11 @@ def execute(plan: RunPlan) -> None:
         raise KeyboardInterrupt from None
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except RuntimeError as error:
+        if plan.resume is None or "loading state_dict" not in str(error):
+            raise
+        what = "".join(str(error).splitlines()[1:2]).strip()
+        raise ValueError(f"'{plan.resume}' is of another model than the config builds: {what}") from error
 
 
 def _quieten() -> None:

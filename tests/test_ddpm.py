@@ -283,5 +283,7 @@ def test_config_mistakes_are_named():
         tiny_model(num_timesteps_cond=5)
     with pytest.raises(ValueError, match="'velocity'"):
         tiny_model(parameterization="velocity")
+    with pytest.raises(ConfigError, match="conditioning_dropout is a probability between 0 and 1, got 2"):
+        tiny_model(conditioning_dropout=2)
     with pytest.raises(ValueError, match="the batch has no 'image'"):
         tiny_model().get_latents({"picture": torch.zeros(1)})

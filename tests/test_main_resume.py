@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,10 @@ def test_resuming_from_other_files_is_refused(unbroken: Callable[[str], Path], t
     with pytest.raises(ValueError, match="weights.ckpt"):
         run_main("-r", weights)
     weights.unlink()
+    moved = shutil.copytree(run, tmp_path / "run")
+    wider = "model.params.unet_config.params.model_channels=64"
+    with pytest.raises(ValueError, match=r"last\.ckpt' is of another model than the config builds: .*size mismatch"):
+        run_main("-r", moved, "--max_steps", STEPS + 1, wider)
 
 
 @pytest.mark.slow

@@ -75,6 +75,8 @@ class LatentDiffusion(DDPM):
             raise ConfigError(
                 f"num_timesteps_cond={num_timesteps_cond}: noising the conditioning is not supported, use 1"
             )
+        if not 0 <= conditioning_dropout <= 1:
+            raise ConfigError(f"conditioning_dropout is a probability between 0 and 1, got {conditioning_dropout}")
         if cond_stage_config == UNCONDITIONAL_ALIAS:
             conditioning_key = None
         elif conditioning_key is None:
