@@ -54,6 +54,7 @@ class Alignment(pl.Callback):
     """
 
     needs_decoder = True  # the first stage must stay in memory
+    measures = (TEXT, IMAGE)
 
     def __init__(
         self,

@@ -10,10 +10,13 @@ import torch
 import yaml
 from PIL import Image
 
-from ldm.generate import SAMPLERS, SamplingOptions
+import merge_embeddings
+from ldm.generate import SAMPLERS, SamplingOptions, sample_images
 from ldm.generate_edit import Edit, encode_picture, iter_edits, read_pictures
 from ldm.generate_files import read_settings
+from ldm.generate_words import load_words, parse_renames
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.modules.embedding_io import EmbeddingFile, write_embeddings
 from scripts import img2img
 from tests.conftest import END_TO_END
 from tests.test_generate import word_file
@@ -151,6 +154,33 @@ def test_wrong_options_are_refused(model, picture):
         edits(model, picture, options=SamplingOptions(sampler="dpm"), edit=Edit(1.0, "a cat"))
     with pytest.raises(ValueError, match="1 seeds for 2 prompts"):
         edits(model, picture, ["a", "b"], seeds=[1])
+
+
+# -- compositions --------------------------------------------------------------------------------------------------
+
+
+def test_two_words_in_one_prompt_from_two_files_or_a_merged_one(model, tmp_path: Path):
+    """Both words change the picture; merging the files first changes nothing."""
+
+    def draw(*files: Path, renames: tuple[str, ...] = ()) -> np.ndarray:
+        load_words(model, files, parse_renames(renames))
+        options = SamplingOptions(sampler="dpm", steps=2, scale=2.0)
+        return sample_images(model, ["a photo of <cat> with the <mug>"], seeds=[1], options=options)[0].astype(int)
+
+    try:
+        cat, mug, other = (tmp_path / f"{name}.pt" for name in ("cat", "mug", "other"))
+        for seed, file in enumerate((cat, mug, other)):
+            vectors = torch.randn(seed + 1, 64, generator=torch.Generator().manual_seed(seed))
+            write_embeddings(EmbeddingFile({"*": vectors}), file)
+        names = ("*=<cat>", "*=<mug>")
+        both = draw(cat, mug, renames=names)
+        assert np.abs(both - draw(other, mug, renames=names)).max() > 1
+        assert np.abs(both - draw(cat, other, renames=names)).max() > 1
+        merge_embeddings.main(["--manager_ckpts", str(cat), str(mug), "--output_path", str(tmp_path / "both.pt"),
+                               "--rename", *names])  # fmt: skip
+        assert np.array_equal(draw(tmp_path / "both.pt"), both)
+    finally:
+        model.embedding_manager = None
 
 
 # -- the command ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tests.conftest import END_TO_END
 from tests.meta_models import without_files
 from tests.test_configs import targets
 from tests.tiny_inversion import inversion_config, losses, vectors, words
-from tests.tiny_run import only_run, run_main, write_config
+from tests.tiny_run import last_checkpoint, only_run, run_main, write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VARIANTS = [name for name in shipped_configs() if name.startswith("configs/variants/")]
@@ -135,6 +135,24 @@ def test_style(tmp_path: Path):
     said = captions(path)
     assert all("in the style of *" in line for line in said.splitlines())
     assert read_embeddings(path / "checkpoints" / "embeddings.pt").init_words == {"*": "painting"}
+
+
+def test_debiased(tmp_path: Path):
+    path = run(tmp_path, "debiased", "--init_word", "painting")
+    (group,) = last_checkpoint(path)["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == pytest.approx(4 * 1.25e-3)  # that of configs/finetune.yaml
+    (project,) = (path / "configs").glob("*-project.yaml")
+    assert OmegaConf.load(project).data.params.batch_size == 8
+
+
+def test_editable(tmp_path: Path):
+    answers = {"text": [0.5, 0.5, 0.1, 0.1], "image": [0.1, 0.2, 0.3, 0.4]}
+    judge = {"target": "tests.test_alignment.Planned", "params": answers}
+    params = "lightning.callbacks.alignment.params"
+    path = run(tmp_path, "editable", f"{params}.judge={judge}", f"{params}.every_n_train_steps=1", f"{params}.steps=1",
+               f"+{params}.count=1", f"+{params}.prompts=['{{}} with a cat']")  # fmt: skip
+    assert last_checkpoint(path)["global_step"] == 2
+    assert read_embeddings(path / "checkpoints" / "embeddings_best.pt").info["step"] == 1
 
 
 def test_three_concepts(tmp_path: Path):

@@ -62,7 +62,7 @@ class FixedValidation(pl.Callback):
     | `seed`, `disabled` | of the noise; do nothing |
 
     Pictures are those of the validation set, else of the training set. Any other metric than `val/loss_fixed` is read
-    after each validation of the trainer, or passed to `consider` by the callback that measures it.
+    after each validation of the trainer, or passed to `consider` by a callback with its name among its `measures`.
     """
 
     def __init__(
@@ -145,7 +145,9 @@ class FixedValidation(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at another metric than the own one."""
-        if self.disabled or trainer.sanity_checking or self.monitor == METRIC:
+        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        measured_elsewhere = self.monitor == METRIC or any(self.monitor in getattr(c, "measures", ()) for c in others)
+        if self.disabled or trainer.sanity_checking or measured_elsewhere:
             return
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted([METRIC, *trainer.callback_metrics]))
