@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.image import open_image, to_array, to_rgb
-from ldm.generate import SAMPLERS, SamplingOptions, decode, encode_prompts, first_stage_factor, precision_context
+from ldm.generate import SAMPLERS, SamplingOptions, decode, first_stage_factor, precision_context
+from ldm.generate_prompts import batches, chunk_counts, encode_prompts
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.noise import SeededNoise
 from ldm.models.diffusion.sampler import Sampler
@@ -114,8 +115,7 @@ def iter_edits(
     with model.ema_scope("Sampling"), precision_context(precision, model.device):
         z = encode_picture(model, picture)  # (1, C, h, w)
         keep = None if mask is None else 1 - F.adaptive_max_pool2d(mask[None].to(z), z.shape[-2:])  # (1, 1, h, w)
-        for start in range(0, len(seeds), batch_size):
-            rows = slice(start, min(start + batch_size, len(seeds)))
+        for rows in batches(chunk_counts(model, prompts, options), batch_size):
             batch = z.expand(rows.stop - rows.start, -1, -1, -1)  # (b, C, h, w)
             latents = _edited(sampler, batch, prompts[rows], seeds[rows], options, edit, keep, verbose)
             images = decode(model, latents)  # (b, 3, H, W)

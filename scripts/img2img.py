@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+    from ldm.generate import SamplingOptions
     from ldm.generate_edit import Edit
 
 log = logging.getLogger("img2img")
@@ -29,6 +30,7 @@ examples:
 SETTINGS = (  # what a picture's metadata holds besides its prompt and seed, under the flags' names
     "init_img", "mask", "invert", "img_strength", "negative_prompt", "sampler", "ddim_steps", "ddim_eta", "scale",
     "guidance_rescale", "H", "W", "ckpt_path", "config", "precision", "embedding_path", "rename", "word_strength",
+    "prompt_weights", "long_prompts",
 )  # fmt: skip
 
 
@@ -86,6 +88,8 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--ddim_eta", type=float, default=0.0, metavar="ETA", help="ddim: 0 adds no noise, 1 much (default: 0)")
     add("--scale", type=float, default=5.0, help="guidance: how closely to follow the text; 1 is none (default: 5)")
     add("--guidance_rescale", type=float, default=0.0, metavar="R", help="0 to 1, against over-exposure (default: 0)")
+    add("--prompt_weights", action="store_true", help="(word:1.2) counts more, (word:0.8) and [word] less; \\( is a (")
+    add("--long_prompts", action="store_true", help="encode prompts longer than the text model's length in chunks")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -121,22 +125,12 @@ def settings_of(args: argparse.Namespace, prompt: str, seed: int) -> dict[str, A
 
 
 def draw(
-    model: Any, args: argparse.Namespace, edit: Edit, prompts: Sequence[str]
+    model: Any, args: argparse.Namespace, prompts: Sequence[str], options: SamplingOptions, edit: Edit
 ) -> tuple[list[np.ndarray], list[Path]]:
     """Draw and save all pictures of all prompts; returns them, in the prompts' order, and the files."""
-    from ldm.generate import SamplingOptions, save_images, to_uint8
+    from ldm.generate import save_images, to_uint8
     from ldm.generate_edit import iter_edits, read_pictures
 
-    options = SamplingOptions(
-        sampler=args.sampler,
-        steps=args.ddim_steps,
-        eta=args.ddim_eta,
-        scale=args.scale,
-        guidance_rescale=args.guidance_rescale,
-        negative_prompt=args.negative_prompt,
-        height=args.H,
-        width=args.W,
-    )
     picture, mask = read_pictures(args.init_img, args.mask, model, options)
     jobs = [(prompt, args.seed + k) for prompt in prompts for k in range(args.n_samples * args.n_iter)]
     pictures: list[np.ndarray] = []
@@ -164,7 +158,7 @@ def draw(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`."""
     args = parse_args(argv)
-    from scripts.txt2img import check_words, read_prompts, save_grids
+    from scripts.txt2img import check_words, read_prompts, sampling_options, save_grids
 
     prompts = read_prompts(args)
     if prompts is None and not args.embedding_path:
@@ -173,8 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm.generate_edit import Edit
     from ldm.protocols import TextEncoder
 
-    edit = Edit(args.img_strength, args.invert)
-    model = load_model(args.ckpt_path, args.config, device=args.device, precision=args.precision)
+    edit, options = Edit(args.img_strength, args.invert), sampling_options(args)  # mistakes show before a model loads
+    model = load_model(args.ckpt_path, args.config, device=args.device, precision=args.precision, size=args.H)
     if not isinstance(getattr(model, "cond_stage_model", None), TextEncoder):
         raise ValueError("this model draws no texts: name a text model with --ckpt_path")
     words = load_words_of(model, args)
@@ -182,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_words(prompts, words)
     if args.invert is not None and args.n_samples * args.n_iter > 1:
         log.warning("--invert starts from one noise for all seeds: the pictures of a prompt will be the same")
-    pictures, files = draw(model, args, edit, prompts)
+    pictures, files = draw(model, args, prompts, options, edit)
     grids = [] if args.skip_grid or len(pictures) == 1 else save_grids(args, prompts, pictures)
     for path in [*files[:8], *grids]:
         print(path)

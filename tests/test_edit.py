@@ -227,6 +227,14 @@ def test_a_learned_word_inside_a_mask(folder: Path, square: Path, tmp_path: Path
     assert (tmp_path / "out" / "a-photo-of-cat_42-grid.png").is_file()
 
 
+def test_stressed_words(folder: Path, square: Path, tmp_path: Path):
+    prompt = ["--prompt", "a (dark:1.6) photo", "--n_samples", 1]
+    call(folder, square, *prompt, "--outdir", tmp_path / "a")
+    call(folder, square, *prompt, "--prompt_weights", "--outdir", tmp_path / "b")
+    one, two = (np.asarray(Image.open(next((tmp_path / run / "samples").iterdir()))).astype(int) for run in "ab")
+    assert np.abs(one - two).max() > 1
+
+
 def test_strength_by_default(square: Path):
     common = ["--init-img", str(square)]
     assert img2img.parse_args(common).img_strength == 0.75
