@@ -5,7 +5,10 @@ at every step) and captions. Only 32-bit weights and eval mode are used; the sam
 
 Example:
     python scripts/encode_latents.py --config configs/emoji/autoencoder_kl_f4.yaml \\
-        --ckpt_path data/emoji/autoencoder.safetensors --data train --out data/emoji/latents
+        --ckpt_path data/emoji/autoencoder.safetensors --out data/emoji/latents
+    python scripts/encode_latents.py --config configs/emoji/autoencoder_kl_f4.yaml \\
+        --ckpt_path data/emoji/autoencoder.safetensors --out data/emoji/latents_validation --count 1024 \\
+        data.params.train.params.seed=77
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--num_workers", type=int, default=1, help="processes that load pictures (default: %(default)s)"
     )
     parser.add_argument("--precision", choices=("full", "autocast"), default="full", help="autocast: bfloat16")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings in place of the config's")
     add_debug_flag(parser)
     return parser
 
@@ -51,9 +55,11 @@ def encode(options: argparse.Namespace) -> None:
 
     from ldm.checkpoint import load_model_from_config
     from ldm.data.latents import LatentWriter
+    from ldm.run import apply_overrides
     from ldm.util import instantiate_from_config, read_yaml
 
-    config = read_yaml(options.config)
+    config: Any = read_yaml(options.config)
+    apply_overrides(config, options.overrides)
     model: Any = load_model_from_config(config, options.ckpt_path)
     data: Any = instantiate_from_config(config.data.params[options.data])
     count = min(options.count or len(data), len(data))
