@@ -55,6 +55,7 @@ class Alignment(pl.Callback):
 
     needs_decoder = True  # the first stage must stay in memory
     measures = (TEXT, IMAGE)
+    shown_as = "similarities"  # in the report's list of costs
 
     def __init__(
         self,

@@ -92,8 +92,9 @@ class SamplingOptions:
 
 def first_stage_factor(model: Any) -> int:
     """How many pixels one latent position covers along each axis."""
-    stages = getattr(getattr(getattr(model, "first_stage_model", None), "encoder", None), "down", None)
-    return 2 ** (len(stages) - 1) if stages is not None else 1
+    first_stage = getattr(model, "first_stage_model", None)
+    stages = getattr(getattr(first_stage, "encoder", None), "down", None)
+    return 2 ** (len(stages) - 1) * getattr(first_stage, "fold", 1) if stages is not None else 1
 
 
 def latent_shape(model: Any, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:

@@ -11,14 +11,16 @@ import yaml
 from PIL import Image
 
 import merge_embeddings
-from ldm.generate import SAMPLERS, SamplingOptions, sample_images
-from ldm.generate_edit import Edit, encode_picture, iter_edits, read_pictures
+from ldm.generate import SAMPLERS, SamplingOptions, latent_shape, sample_images
+from ldm.generate_edit import Edit, encode_picture, fitting_size, iter_edits, read_pictures
 from ldm.generate_files import read_settings
 from ldm.generate_words import load_words, parse_renames
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.embedding_io import EmbeddingFile, write_embeddings
+from ldm.util import instantiate_from_config
 from scripts import img2img
 from tests.conftest import END_TO_END
+from tests.meta_models import load_config, without_files
 from tests.test_generate import word_file
 from tests.tiny_models import TEXT_WEIGHTS, text_config, text_model
 
@@ -136,6 +138,15 @@ def test_sizes_follow_the_picture_or_the_flags(model, tmp_path: Path):
     assert size(width=40, height=16) == (3, 16, 40)
     with pytest.raises(ValueError, match="width 42 is no multiple of 8"):
         size(width=42)
+
+
+def test_pictures_of_the_embedded_model_keep_its_size():
+    """Its first stage folds the latent once more, which counts as pixels too."""
+    with torch.device("meta"):
+        embedded = instantiate_from_config(without_files(load_config("configs/finetune.yaml")["model"]))
+    assert latent_shape(embedded, 64, 128) == (16, 8, 16)
+    assert fitting_size(embedded, 300, 300, SamplingOptions()) == (64, 64)
+    assert fitting_size(embedded, 300, 150, SamplingOptions()) == (128, 64)
 
 
 def test_masks_must_fit_and_show_something(model, square: Path, tmp_path: Path):

@@ -94,6 +94,18 @@ def _leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [(prefix, node)]
 
 
+def test_pictures_are_drawn_once(tmp_path: Path):
+    made = inversion_config()
+    del made["lightning"]["callbacks"]["image_logger"]  # as configs/finetune.yaml, which has none
+    made["lightning"]["callbacks"]["sample_grids"] = {"params": {"count": 1, "steps": 1}}
+    made["data"]["params"]["validation"] = made["data"]["params"]["train"]
+    made["model"]["params"]["monitor"] = "val/loss_simple"
+    run_main(*words(write_config(tmp_path / "base.yaml", made), tmp_path), "--max_steps", 1)
+    path = only_run(tmp_path / "logs")
+    assert {folder.name for folder in (path / "images").iterdir()} == {"contact_sheet.png", "samples"}
+    assert [file.name for file in (path / "checkpoints").glob("*.ckpt")] == ["last.ckpt"]
+
+
 def test_three_vectors(tmp_path: Path):
     path = run(tmp_path, "three_vectors")
     learned = vectors(path)["*"]
@@ -140,7 +152,8 @@ def test_style(tmp_path: Path):
 def test_debiased(tmp_path: Path):
     path = run(tmp_path, "debiased", "--init_word", "painting")
     (group,) = last_checkpoint(path)["optimizer_states"][0]["param_groups"]
-    assert group["lr"] == pytest.approx(4 * 1.25e-3)  # that of configs/finetune.yaml
+    usual = OmegaConf.load(config_path("finetune.yaml"))
+    assert group["lr"] == pytest.approx(usual.data.params.batch_size * usual.model.base_learning_rate)
     (project,) = (path / "configs").glob("*-project.yaml")
     assert OmegaConf.load(project).data.params.batch_size == 8
 

@@ -139,7 +139,7 @@ class RunReport(pl.Callback):
         rows = [(f"{steps} steps{since}", f"{total:.1f} s", "")]
         shown = 0.0
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            name = PREVIEWS.get(type(callback))
+            name = PREVIEWS.get(type(callback), getattr(callback, "shown_as", None))
             if name and callback.seconds:
                 shown += callback.seconds
                 rows.append((name, f"{callback.seconds:.1f} s", f"{100 * callback.seconds / total:.1f} %"))
