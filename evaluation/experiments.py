@@ -38,7 +38,8 @@ class TrainingOptions:
     regularisation: float = 0.0  # weight of the squared distance to the initial word, where `regularised`
     pictures: int | None = None  # how many of the concept's pictures to learn from; default: all
     init_word: str | None = None  # instead of the concept's own; "" starts from a random vector
-    templates: str | None = None  # for objects; styles have their own
+    templates: str | None = None  # of captions, for objects (default: as the training config says)
+    style_templates: str = "style"  # for styles
     save_every: int | None = None  # steps between two kept states (default: only the last)
     precision: str | None = None
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # dotted keys of the training config

@@ -23,6 +23,7 @@ from evaluation.tables import (
     progress_note,
     share,
     source_note,
+    unit,
     with_interval,
     write_text,
 )
@@ -112,7 +113,8 @@ def html_claims(result: TableResult) -> str:
         items.append(
             f'<li><span class="verdict {kind}">{sign} {finding.verdict}</span>'
             f"<span>{escape(finding.claim.says)}<br><code>{escape(finding.claim.holds_if)}</code></span>"
-            f'<span class="figure">{escape(with_interval(finding.difference, 4))}{html_share(finding)}</span></li>'
+            f'<span class="figure">{escape(with_interval(finding.difference, 4))}'
+            f"{html_share(result, finding)}</span></li>"
         )
     measures = "".join(
         f'<p class="measure">{escape(says)}: <b>{escape(with_interval(found))}</b></p>'
@@ -123,9 +125,9 @@ def html_claims(result: TableResult) -> str:
     return f"<h2>{claims_title(result)}</h2>\n{measures}{listed}\n{note}"
 
 
-def html_share(finding: Finding) -> str:
+def html_share(result: TableResult, finding: Finding) -> str:
     """For how many concepts a claim holds by itself."""
-    return "" if finding.concepts is None else f'<br><small class="soft">{share(finding)} concepts</small>'
+    return "" if finding.concepts is None else f'<br><small class="soft">{share(finding)} {unit(result)}s</small>'
 
 
 def html_figure(figure: bytes | None) -> str:

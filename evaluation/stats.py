@@ -39,7 +39,7 @@ class Interval:
 
 def interval(mean: float, replicates: np.ndarray, level: float = LEVEL) -> Interval:
     """Percentile interval from bootstrap replicates (R,); no bounds when they all are the same or missing."""
-    known = replicates[~np.isnan(replicates)]
+    known = replicates[np.isfinite(replicates)]
     if not len(known) or np.ptp(known) <= 1e-12 * np.abs(known).max():
         return Interval(float(mean))
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])

@@ -41,9 +41,16 @@ def with_interval(interval: Interval | None, digits: int = 3) -> str:
 def method_note(result: TableResult) -> str:
     """How intervals and verdicts come about, with a warning where they rest on little."""
     concepts = {record["concept"] for record in result.cells}
+    note = METHOD
     if 0 < len(concepts) < FEW:
-        return f"{METHOD} With {len(concepts)} concept{'s' * (len(concepts) > 1)} the intervals are too narrow."
-    return METHOD
+        note += f" With {len(concepts)} concept{'s' * (len(concepts) > 1)} the intervals are too narrow."
+    note = note.replace("concept", unit(result))
+    return note.replace("seeds", "questions") if result.table.kind == "user_study" else note
+
+
+def unit(result: TableResult) -> str:
+    """What the intervals are over, in the singular."""
+    return {"inversion": "concept", "user_study": "participant"}.get(result.table.kind, "part")
 
 
 def progress_note(result: TableResult) -> str:
@@ -112,7 +119,7 @@ def is_published(result: TableResult, metric: str) -> bool:
 
 def markdown_claims(result: TableResult) -> list[str]:
     """The lines of the list of claims."""
-    lines = ["| claim | verdict | difference | concepts | in our figures |", "| --- | --- | --- | --- | --- |"]
+    lines = [f"| claim | verdict | difference | {unit(result)}s | in our figures |", "| --- | --- | --- | --- | --- |"]
     for finding in result.findings:
         lines.append(
             f"| {finding.claim.says} | **{finding.verdict}** | {with_interval(finding.difference, 4)} "

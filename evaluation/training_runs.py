@@ -102,7 +102,7 @@ def overrides(options: TrainingOptions, kind: str) -> dict[str, Any]:
         values[f"{MANAGER}.initializer_words"] = []
     if options.regularised:
         values["model.params.embedding_reg_weight"] = options.regularisation
-    templates = "style" if kind == "style" else options.templates
+    templates = options.style_templates if kind == "style" else options.templates
     if templates:
         values[f"{DATA}.templates"] = templates
     return values | dict(options.overrides)
