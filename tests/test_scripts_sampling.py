@@ -28,7 +28,7 @@ from tests.tiny_models import (
 )
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("txt2img", "img2img", "sample_diffusion", "inpaint")
+SCRIPTS = ("txt2img", "stable_txt2img", "convert_checkpoint", "embedding", "img2img", "sample_diffusion", "inpaint")
 
 
 def load(name: str):

@@ -36,6 +36,7 @@ __all__ = [
     "EmbeddingFileError",
     "Format",
     "check_vectors",
+    "identify",
     "merge",
     "read_embeddings",
     "some_words",
@@ -74,8 +75,10 @@ FORMATS: dict[str, Format] = {
         "textual inversion's embeddings.pt", (".pt",), formats.read_original, formats.write_original, clip=False
     ),
     "sdxl": Format("a word for SDXL", (".safetensors", ".pti"), formats.read_sdxl),
-    "kohya": Format("kohya's emb_params", (".safetensors", ".pt"), formats.read_single, formats.write_kohya),
-    "onetrainer": Format("OneTrainer's emp_params", (".safetensors",), formats.read_single, formats.write_onetrainer),
+    "kohya": Format("kohya's emb_params", (".safetensors", ".pt"), formats.read_kohya, formats.write_kohya),
+    "onetrainer": Format(
+        "OneTrainer's emp_params", (".safetensors",), formats.read_onetrainer, formats.write_onetrainer
+    ),
     "bundle": Format("words inside a LoRA file", (".safetensors",), formats.read_bundle),
     "diffusers": Format(
         "diffusers' learned_embeds", (".safetensors", ".bin"), formats.read_diffusers, formats.write_diffusers
@@ -89,6 +92,11 @@ def read_embeddings(path: str | Path) -> EmbeddingFile:
     Raises `FileNotFoundError`, or `EmbeddingFileError` with one sentence when the file is damaged, hostile, too large
     or of another kind.
     """
+    return identify(path)[1]
+
+
+def identify(path: str | Path) -> tuple[str, EmbeddingFile]:
+    """As `read_embeddings`, with the name of the file's format before the words."""
     path = Path(path)
     if path.is_dir():
         path = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path / FOLDER_FILES[0])
@@ -106,7 +114,7 @@ def read_embeddings(path: str | Path) -> EmbeddingFile:
         raise EmbeddingFileError(f"{path} is damaged: {error}") from error
 
 
-def _read(path: Path) -> EmbeddingFile:
+def _read(path: Path) -> tuple[str, EmbeddingFile]:
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise EmbeddingFileError(f"it has {size:,} bytes, far more than learned words take; is it a model checkpoint?")
@@ -116,14 +124,14 @@ def _read(path: Path) -> EmbeddingFile:
     else:
         tree, starts = read_index(io.BufferedReader(io.BytesIO(data)), len(data))
         contents = Contents(path, tree, data, starts, _metadata(data))
-    for known in FORMATS.values():
+    for name, known in FORMATS.items():
         words = known.read(contents)
         if words is None:
             continue
         _check(words)
         if known.clip and words.width == 1280 and known.read is not formats.read_a1111:
             raise EmbeddingFileError("its vectors are for SDXL's second text encoder, which no model here has")
-        return words
+        return "a1111-png" if data.startswith(png.SIGNATURE) else name, words
     raise EmbeddingFileError(f"it holds no learned words in a known format ({', '.join(FORMATS)})")
 
 

@@ -135,14 +135,23 @@ def read_sdxl(contents: Contents) -> EmbeddingFile | None:
     return None
 
 
-def read_single(contents: Contents) -> EmbeddingFile | None:
-    """One tensor under kohya's or OneTrainer's key, or alone; the word is in the metadata or is the file's name."""
-    flat = _flat(contents)
-    value = contents.tree if isinstance(contents.tree, TensorMeta) else flat.get(KOHYA_KEY, flat.get(ONETRAINER_KEY))
+def read_kohya(contents: Contents) -> EmbeddingFile | None:
+    """One tensor under kohya's key, or alone."""
+    return _read_single(contents, contents.tree if isinstance(contents.tree, TensorMeta) else None, KOHYA_KEY)
+
+
+def read_onetrainer(contents: Contents) -> EmbeddingFile | None:
+    """One tensor under OneTrainer's key."""
+    if f"{ONETRAINER_KEY}_out" in _flat(contents):
+        logger.warning("%s also has output embeddings, which are left out", contents.path)
+    return _read_single(contents, None, ONETRAINER_KEY)
+
+
+def _read_single(contents: Contents, alone: TensorMeta | None, key: str) -> EmbeddingFile | None:
+    """A file of one tensor; the word is in the metadata or is the file's name."""
+    value = alone or _flat(contents).get(key)
     if value is None:
         return None
-    if f"{ONETRAINER_KEY}_out" in flat:
-        logger.warning("%s also has output embeddings, which are left out", contents.path)
     return EmbeddingFile({_word(contents): contents.vectors(value)}, info=_info(contents))
 
 
