@@ -7,6 +7,7 @@ run goes on where it stopped, a changed setting gives another folder, and severa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,11 +15,16 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm.checkpoint import atomic_path
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes on one store are then not kept apart
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +103,16 @@ class Store:
             write_json(folder / "settings.json", dict(unit.settings))
         return folder
 
+    @contextlib.contextmanager
+    def lock(self, unit: Unit) -> Iterator[None]:
+        """Keep other processes from working on the unit; waits while one does. The lock ends with its process."""
+        path = self.root / unit.kind / f"{unit.key}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
     def finish(self, unit: Unit, result: Mapping[str, Any]) -> None:
         """Write the unit's result, which marks it as done."""
         write_json(self.folder(unit) / "result.json", dict(result))
@@ -145,19 +161,27 @@ class Progress:
             log.info("%s: all %d are there", title, len(unique))
         begun, began, said = 0, self.clock(), -math.inf
         for unit in waiting:
-            if self.store.is_done(unit):  # by another process meanwhile
+            seconds = self.do(unit, work)
+            if seconds is None:
                 done += 1
                 continue
-            started = self.clock()
-            result = work(unit, self.store.begin(unit))
-            seconds = self.clock() - started
-            self.store.finish(unit, {**result, "seconds": round(seconds, 3)})
             begun, done = begun + 1, done + 1
             left = (self.clock() - began) / begun * (len(unique) - done)
             remaining = f", about {duration(left)} left" if done < len(unique) else ""
             if done == len(unique) or self.clock() - said >= SAY_EVERY:
                 said = self.clock()
                 log.info("%s: %d of %d done, %.1f s each%s", title, done, len(unique), seconds, remaining)
+
+    def do(self, unit: Unit, work: Callable[[Unit, Path], Mapping[str, Any]]) -> float | None:
+        """Do one unit and save its result; returns the seconds, or None if another process has done it meanwhile."""
+        with self.store.lock(unit):
+            if self.store.is_done(unit):
+                return None
+            started = self.clock()
+            result = work(unit, self.store.begin(unit))
+            seconds = self.clock() - started
+            self.store.finish(unit, {**result, "seconds": round(seconds, 3)})
+            return seconds
 
 
 def duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,27 @@ def test_nothing_is_done_twice_and_interruptions_cost_one_unit(tmp_path: Path, c
     with caplog.at_level(logging.INFO):
         progress.run("Drawings", units, work)
     assert "all 5 are there" in caplog.text
+
+
+def test_two_processes_do_not_work_on_one_unit(tmp_path: Path):
+    pytest.importorskip("fcntl")
+    store, unit = Store(tmp_path), Unit("train", {"a": 1})
+    worked: list[str] = []
+
+    def work(unit: Unit, folder: Path) -> dict[str, str]:
+        worked.append(str(folder))
+        return {}
+
+    other = threading.Thread(target=lambda: Progress(store).run("Trainings", [unit], work))
+    with store.lock(unit):
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()  # it waits
+        assert not worked
+        store.finish(unit, {"done": "here"})
+    other.join(10)
+    assert not worked  # and finds it done
+    assert store.result(unit) == {"done": "here"}
 
 
 def test_shards_part_the_work_and_keep_groups_together():
