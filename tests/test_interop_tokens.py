@@ -20,9 +20,9 @@ COUNT = 5000
 LENGTH = 77
 SAMPLE = (
     "a photo of the cat's *, painting-style don't can't we'll I'd they've it's 3/4 1,000.50 (red:1.2) [x] {y} <my-cat> "
-    "sks ANDRÉ Straße İSTANBUL ΟΔΟΣ ﬁne naïve Ünïcödé 東京 猫の写真 한국어 สวัสดี مرحبا שלום हिन्दी ไทย e\u0301 A\u030a ½ ² ™ … — "
-    "“quoted” ‘x’ 🦄 👩‍👩‍👧‍👦 🇩🇪 👍🏽 ☺️ ❤ &amp; &lt;b&gt; http://x.y/z?q=1 a@b.c #tag $5 50% x_y_z __init__ C++ ... !!! ?! "
-    "~ ` ^ | \\ \" '"
+    "sks ANDRÉ Straße İSTANBUL ΟΔΟΣ ﬁne naïve Ünïcödé 東京 猫の写真 한국어 สวัสดี مرحبا שלום हिन्दी ไทย "
+    "e\u0301 A\u030a ½ ² ™ … — “quoted” ‘x’ 🦄 👩‍👩‍👧‍👦 🇩🇪 👍🏽 ☺️ ❤ &amp; &lt;b&gt; http://x.y/z?q=1 a@b.c #tag "
+    "$5 50% x_y_z __init__ C++ ... !!! ?! ~ ` ^ | \\ \" '"
 )
 WORDS = SAMPLE.split()
 ALPHABETS = (
