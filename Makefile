@@ -35,3 +35,6 @@ smoke:  ## train and sample tiny models of every kind through the commands (some
 
 data:  ## build the emoji pictures that the embedded model was trained on
 	python scripts/data/build_emoji.py
+
+bench:  ## measure time, memory and arithmetic of everything (hours on a CPU; ARGS="--quick" in minutes)
+	python scripts/bench.py $(ARGS)
