@@ -151,6 +151,8 @@ def _add_trainer_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("trainer")
     group.add_argument("--gpus", metavar="LIST",
                        help="GPU numbers (`0,` or `0` is the first, `0,1` two of them), or cpu, mps, auto")  # fmt: skip
+    group.add_argument("--compile", type=boolean, nargs="?", const=True, metavar="BOOL",
+                       help="compile the denoising network: starts later, steps faster (default: false)")  # fmt: skip
     for flag, kind, text in TRAINER_FLAGS:
         word = "BOOL" if kind is boolean else "N" if kind in (int, float, number) else "VALUE"
         optional: dict[str, Any] = {"nargs": "?", "const": True} if kind is boolean else {}

@@ -36,6 +36,7 @@ SECTIONS = {
         "logger",
         "strategy",
         "find_unused_parameters",
+        "compile",
     ),
 }
 
@@ -84,6 +85,8 @@ def make_plan(args: Namespace, overrides: Sequence[str] = (), now: datetime.date
     lightning.trainer = OmegaConf.merge(lightning.get("trainer") or {}, args.trainer)
     if args.gpus is not None:
         lightning.trainer.gpus = args.gpus
+    if args.compile is not None:
+        lightning.compile = args.compile  # saved with the run's configs, so that a resumed run compiles, too
     train = bool(config.get("train", False)) if args.train is None else args.train
     config.train = train  # so that `-r DIR` alone goes on training
     check_numbers(config, lightning)

@@ -22,6 +22,7 @@ from ldm import callbacks as cb
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.run import RunPlan, parameters_of
 from ldm.training_precision import use_half_weights
+from ldm.training_speed import speed_up
 from ldm.util import (
     ConfigError,
     check_params,
@@ -72,6 +73,7 @@ def execute(plan: RunPlan) -> None:
     model = instantiate_from_config(plan.config.model)
     trainer = build_trainer(plan, model)
     set_learning_rate(plan, model, trainer)
+    speed_up(model, plan, trainer.strategy.root_device)
     try:
         if plan.train:
             trainer.fit(model, data, ckpt_path=plan.resume)

@@ -1,0 +1,73 @@
+"""Activations are kept where they fit, and a compiled network keeps its names in checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import main
+from evaluation.speed.models import build
+from ldm import training_speed as speed
+from ldm.run import make_plan
+from ldm.util import ConfigError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build("emoji", torch.float32, CPU, quick=True)
+
+
+def ask_for_checkpointing(model: Any) -> list[tuple[torch.nn.Module, str]]:
+    for module in model.model.modules():
+        for name in ("use_checkpoint", "checkpoint"):
+            if hasattr(module, name):
+                setattr(module, name, True)
+    return speed.checkpointed_layers(model)
+
+
+def test_kept_activations_are_estimated_without_computing(model: Any):
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    weights = {p.untyped_storage()._cdata for p in model.model.parameters()}
+    context = torch.randn(2, 32, 384, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.apply_model(torch.randn(2, 16, 8, 8), torch.tensor([1, 2]), context)
+    actual = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+    assert 0.5 * actual < speed.activation_bytes(model, 2) < 2 * actual
+    assert speed.activation_bytes(model, 4) > 1.8 * speed.activation_bytes(model, 2)
+
+
+@pytest.mark.parametrize(("free", "kept"), [(10**12, True), (1000, False), (None, False)])
+def test_checkpointing_gives_way_to_memory(
+    model: Any, free: int | None, kept: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    layers = ask_for_checkpointing(model)
+    assert layers
+    monkeypatch.setattr(speed, "free_bytes", lambda device: free)
+    with caplog.at_level(logging.INFO):
+        speed.keep_activations(model, 4, CPU)
+    assert len(speed.checkpointed_layers(model)) == (0 if kept else len(layers))
+    assert ("fit in memory" in caplog.text) == kept
+
+
+def test_a_compiled_network_has_the_same_names(model: Any):
+    names = list(model.state_dict())
+    speed.compile_network(model)
+    assert list(model.state_dict()) == names
+    with pytest.raises(ConfigError, match="no denoising network"):
+        speed.compile_network(torch.nn.Linear(1, 1))
+
+
+def test_a_resumed_run_finds_the_flag_in_its_config():
+    args, overrides = main.parse_args(["--base", "configs/finetune.yaml", "--data_root", "imgs", "--compile"])
+    assert make_plan(args, overrides).lightning.compile is True
