@@ -89,7 +89,7 @@ def build(name: str, dtype: torch.dtype, device: torch.device, quick: bool = Fal
     freeze(model.model)
     freeze(model.cond_stage_model)
     model.learning_rate = 5e-3
-    return model.to(device=device, dtype=dtype)
+    return model.to(device, dtype)
 
 
 def fill(model: nn.Module) -> None:
