@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -82,30 +80,14 @@ def _roots() -> list[Path]:
 def read_clip_weights(path: str | Path) -> dict[str, Tensor]:
     """Float32 state dict of a CLIP model in open_clip's names.
 
-    Reads open_clip's own files, OpenAI's (state dict or TorchScript program) and Hugging Face's `CLIPModel`.
+    Reads open_clip's own files, OpenAI's (a state dict, or a TorchScript program, whose code is not even parsed) and
+    Hugging Face's `CLIPModel`.
     """
-    path = Path(path)
-    state = _read_program(path) if _is_program(path) else read_state_dict(path, dtype=torch.float32)
-    state = {key: value.float() for key, value in state.items() if key not in NO_WEIGHTS}
+    state = read_state_dict(path, dtype=torch.float32)
+    state = {key: value for key, value in state.items() if key not in NO_WEIGHTS}
     if any(key.startswith("vision_model.") for key in state):
         return from_hugging_face(state)
     return state
-
-
-def _is_program(path: Path) -> bool:
-    """Whether a file is a TorchScript program, the form in which OpenAI published its weights."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
-
-
-def _read_program(path: Path) -> dict[str, Tensor]:
-    """Weights of a TorchScript program. Its code is parsed, but never called."""
-    with warnings.catch_warnings():
-        for kind in (DeprecationWarning, FutureWarning):  # TorchScript is on its way out, OpenAI's files are not
-            warnings.simplefilter("ignore", kind)
-        return torch.jit.load(str(path), map_location="cpu").state_dict()
 
 
 def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:

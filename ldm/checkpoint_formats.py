@@ -26,6 +26,7 @@ from ldm.checkpoint_pickle import (
 )
 
 MAX_HEADER_BYTES = 100 << 20  # the same limit as the safetensors library's
+MAX_NAME = 1000  # characters of a weight's name, about
 _SAFETENSORS_DTYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64"},
     **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool"},
@@ -115,8 +116,6 @@ def _read_zip(file: io.BufferedReader, size: int) -> tuple[Any, dict[str, int]]:
     root = index[0].removesuffix("data.pkl")
     if not index[0] or len(index) > 1:
         raise CheckpointError("is a zip archive that torch.save did not write")
-    if f"{root}constants.pkl" in records:
-        raise CheckpointError("is a TorchScript program, not a checkpoint; save its state_dict() instead")
     if _record(file, records, f"{root}byteorder", size, limit=16) == b"big":
         raise CheckpointError("was written on a big-endian machine; convert it to safetensors there")
     pickled = _record(file, records, index[0], size, limit=MAX_PICKLE_BYTES)
@@ -128,7 +127,25 @@ def _read_zip(file: io.BufferedReader, size: int) -> tuple[Any, dict[str, int]]:
         if length < ref.numel * ITEM_SIZES[ref.dtype]:
             raise CheckpointError(f"is damaged: record {name} is missing or too short; {AGAIN}")
         starts[ref.key] = start
-    return tree, starts
+    return _weights_of_program(tree) if isinstance(tree, PickledObject) else tree, starts
+
+
+def _weights_of_program(tree: PickledObject) -> dict[str, TensorMeta]:
+    """{dotted name: tensor} of the modules of a TorchScript program; empty for any other object."""
+    weights: dict[str, TensorMeta] = {}
+    todo: list[tuple[str, Any]] = [("", tree)]
+    seen: set[int] = set()
+    while todo:
+        prefix, node = todo.pop()
+        if not (node.type.startswith("__torch__.") and isinstance(node.state, dict)) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        for name, value in node.state.items():
+            if isinstance(value, TensorMeta):
+                weights[f"{prefix}{name}"] = value
+            elif isinstance(value, PickledObject) and len(prefix) < MAX_NAME:
+                todo.append((f"{prefix}{name}.", value))
+    return weights
 
 
 def _locate(file: io.BufferedReader, record: zipfile.ZipInfo | None, size: int) -> tuple[int, int]:

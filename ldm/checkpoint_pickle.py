@@ -198,6 +198,7 @@ def _as_dict(args: tuple[Any, ...]) -> dict[Any, Any]:
     return {_key(k): v for k, v in pairs}
 
 
+_TORCHSCRIPT_VALUES = ("restore_type_tag", "build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
 _BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "torch._utils._rebuild_tensor": _rebuild_v2,
     "torch._utils._rebuild_tensor_v2": _rebuild_v2,
@@ -206,6 +207,7 @@ _BUILDERS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "torch._utils._rebuild_parameter_with_state": lambda args: args[0],
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch.Size": lambda args: tuple(args[0]) if args else (),
+    **{f"torch.jit._pickle.{name}": lambda args: args[0] for name in _TORCHSCRIPT_VALUES},
     "collections.OrderedDict": _as_dict,
     "collections.defaultdict": lambda args: {},
     "_codecs.encode": _encode,

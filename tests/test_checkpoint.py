@@ -202,3 +202,26 @@ def test_a_place_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(SaveError, match="could not write .*file/a.pt"):
         save_safely({}, tmp_path / "file" / "a.pt")
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(4)
+        self.weight = torch.nn.Parameter(torch.randn(3, 4))
+        self.sizes, self.names = [1, 2], ["a", "b"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) @ self.weight.T
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("traced", [False, True])
+def test_weights_of_torchscript_programs_are_read_without_their_code(tmp_path: Path, traced: bool):
+    model = torch.nn.Sequential(Block(), torch.nn.BatchNorm1d(3)).eval()
+    program = torch.jit.trace(model, torch.randn(2, 4)) if traced else torch.jit.script(model)
+    torch.jit.save(program, str(tmp_path / "model.pt"))
+    read, expected = read_state_dict(tmp_path / "model.pt"), model.state_dict()
+    assert sorted(read) == sorted(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(read[name], tensor, rtol=0, atol=0)
