@@ -306,5 +306,5 @@ def test_bar_of_a_run_that_goes_on_counts_from_there(tmp_path: Path):
     first = trainer(3)
     first.fit(Inversion(), data)
     first.save_checkpoint(tmp_path / "a.ckpt")
-    trainer(5).fit(Inversion(), data, ckpt_path=tmp_path / "a.ckpt", weights_only=False)
-    assert seen == [(0, 3)] * 3 + [(3, 5)] * 2
+    trainer(11).fit(Inversion(), data, ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+    assert seen == [(0, 3)] * 3 + [(3, 8)] * 5 + [(0, 3)] * 3

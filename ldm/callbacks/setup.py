@@ -123,21 +123,28 @@ class ProgressBar(TQDMProgressBar):
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1 if sys.stderr.isatty() else 50)
+        self._resumed_at = 0
 
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Open the bar."""
+        """Open the bar, where a run goes on within an epoch at the batch it goes on with."""
         super().on_train_start(trainer, *args)
-        self._count_from_here(trainer)  # a run that goes on within an epoch may see no start of an epoch
+        self._resumed_at = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        self._count_from_here(trainer)  # such a run may see no start of an epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Begin the bar anew."""
         super().on_train_epoch_start(trainer, *args)
         self._count_from_here(trainer)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish the bar; later epochs begin at their first batch."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._resumed_at = 0
+
     def _count_from_here(self, trainer: pl.Trainer) -> None:
         """Set the bar to the batches done and to do in this epoch; its rate counts those of this process only."""
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         total = float(trainer.num_training_batches)
+        done = self._resumed_at if self._resumed_at < total else 0
         if trainer.max_steps >= 0:
             left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
             total = min(total, done + left)
