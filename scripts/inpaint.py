@@ -1,4 +1,4 @@
-"""Command to fill masked parts of pictures with the latent diffusion inpainting model."""
+"""Command to fill masked parts of pictures, with LDM's inpainting model or, by a text, with Stable Diffusion's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ if TYPE_CHECKING:
 
 DEFAULT_FOLDER = "models/ldm/inpainting_big"
 EXAMPLES = """\
-example: photos/dog.png with photos/dog_mask.png (white where to fill), and any further pairs of that form:
+examples:
+  photos/dog.png with photos/dog_mask.png (white where to fill), and any further pairs of that form:
     python scripts/inpaint.py --indir photos --outdir outputs/inpainting
+  what a text says, with the inpainting models of Stable Diffusion 1 and 2, and learned words:
+    python scripts/inpaint.py --indir photos --outdir outputs/inpainting --ckpt_path sd-v1-5-inpainting.ckpt \\
+        --embedding_path cat.pt --prompt "a photo of * on a bench"
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Parser of the command line."""
     from ldm.cli import add_debug_flag
+    from scripts.txt2img import add_word_flags
 
     parser = argparse.ArgumentParser(
         prog="inpaint.py",
@@ -39,7 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", metavar="YAML", help="the model's config (default: found beside the weights or from them)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")
     add("--precision", default="full", choices=("full", "autocast", "half"), help="default: full")
+    group = parser.add_argument_group("text", "for Stable Diffusion's inpainting models")
+    group.add_argument("--prompt", help="what to fill in (default: 'a photo of' the first learned word)")
+    group.add_argument("--negative_prompt", default="", metavar="TEXT", help="what shall not be there")
+    group.add_argument("--scale", type=float, default=7.5, help="guidance; 1 is none (default: 7.5)")
     add_debug_flag(parser)
+    add_word_flags(parser)
     return parser
 
 
@@ -79,6 +89,24 @@ def load_pair(picture: Path, mask: Path) -> tuple[np.ndarray, np.ndarray]:
     return image, (np.asarray(plane)[..., None] >= 127.5).astype(np.float32)
 
 
+def takes_text(model: Any) -> bool:
+    """Whether the model fills by a text; otherwise it goes by the picture alone."""
+    from ldm.models.diffusion.ddpm import LatentInpaintDiffusion
+
+    return isinstance(model, LatentInpaintDiffusion)
+
+
+def read_words(model: Any, args: argparse.Namespace) -> None:
+    """Load the learned words, and see that there is a prompt for a model that needs one."""
+    from scripts.txt2img import check_words, load_words_of
+
+    words = load_words_of(model, args)
+    if args.prompt is None and not words:
+        raise ValueError(f'{args.ckpt_path} fills by a text: say what, with --prompt "..."')
+    args.prompt = f"a photo of {words[0]}" if args.prompt is None else args.prompt
+    check_words([args.prompt], words)
+
+
 def fill(model: Any, image: np.ndarray, mask: np.ndarray, args: argparse.Namespace) -> np.ndarray:
     """The picture (H, W, 3) in [-1, 1] with its masked part filled; the rest is returned as it was."""
     import numpy as np
@@ -96,12 +124,24 @@ def fill(model: Any, image: np.ndarray, mask: np.ndarray, args: argparse.Namespa
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array)[None].to(model.device)  # (1, H, W, C)
 
-    # the model was trained on black where the mask is, and on masks scaled like pictures
-    batch = {"masked_image": tensor((large + 1) * (1 - large_mask) - 1), "mask": tensor(2 * large_mask - 1)}
+    if takes_text(model):  # it was trained on grey where the mask is
+        batch: dict[str, Any] = {"masked_image": tensor(large * (1 - large_mask)), "mask": tensor(large_mask)}
+        batch[model.cond_stage_key] = [args.prompt]
+    else:  # on black, and on masks scaled like pictures
+        batch = {"masked_image": tensor((large + 1) * (1 - large_mask) - 1), "mask": tensor(2 * large_mask - 1)}
+    options: dict[str, Any] = {"seeds": [args.seed], "eta": args.eta}
     with torch.no_grad(), model.ema_scope("Sampling"), precision_context(args.precision, model.device):
-        cond = model.get_conditioning(batch)  # (1, C + 1, h, w)
-        shape = (model.channels, *cond.shape[2:])
-        latent, _ = DDIMSampler(model).sample(args.steps, 1, shape, cond, seeds=[args.seed], eta=args.eta)
+        with torch.random.fork_rng(devices=[]):  # the latents of what is kept are drawn, too
+            torch.manual_seed(args.seed)
+            cond = model.get_conditioning(batch)  # (1, C + 1, h, w), or a dict of that and the text
+        if takes_text(model):
+            options["unconditional_guidance_scale"] = args.scale
+            options["unconditional_conditioning"] = {
+                "c_crossattn": [model.get_learned_conditioning([args.negative_prompt])]
+            }
+        beside = cond["c_concat"][0] if takes_text(model) else cond
+        shape = (model.channels, *beside.shape[2:])
+        latent, _ = DDIMSampler(model).sample(args.steps, 1, shape, cond, **options)
         filled = decode(model, latent)[0].permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
     return image * (1 - mask) + np.clip(filled[:height, :width], -1, 1) * mask
 
@@ -114,12 +154,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm.generate import load_model, save_png
 
     model = load_model(args.ckpt_path, args.config, device=args.device, precision=args.precision)
-    if getattr(model, "cond_stage_key", None) != "masked_image":
+    if takes_text(model):
+        read_words(model, args)
+    elif getattr(model, "cond_stage_key", None) != "masked_image":
         raise ValueError(f"{args.ckpt_path} is no inpainting model: it is not conditioned on a masked picture")
+    elif args.prompt is not None or args.embedding_path:
+        raise ValueError(f"{args.ckpt_path} takes no text: it goes by the picture alone; leave --prompt and words out")
     model.first_stage_model.float()  # small, and it sees the picture itself
     for picture, mask in pairs:
         filled = fill(model, *load_pair(picture, mask), args)
         settings = {"seed": args.seed, "steps": args.steps, "eta": args.eta, "picture": picture.name}
+        if takes_text(model):
+            settings |= {"prompt": args.prompt, "negative_prompt": args.negative_prompt, "scale": args.scale}
         print(save_png(to_uint8(filled), Path(args.outdir) / f"{picture.stem}.png", settings))
 
 

@@ -68,7 +68,7 @@ def build_parser(prog: str = "txt2img.py", examples: str = EXAMPLES) -> argparse
     _add_sampling_flags(parser)
     add_model_flags(parser)
     _add_model_options(parser)
-    _add_word_flags(parser)
+    add_word_flags(parser)
     return parser
 
 
@@ -107,7 +107,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="begin at pure noise; for models of v that were trained so")  # fmt: skip
 
 
-def _add_word_flags(parser: argparse.ArgumentParser) -> None:
+def add_word_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `load_words_of` reads."""
     group = parser.add_argument_group("learned words")
     add = group.add_argument
     add("--embedding_path", nargs="+", default=[], metavar="FILE", help="files of learned words")
@@ -262,6 +263,8 @@ def run(args: argparse.Namespace) -> None:
     if not isinstance(getattr(model, "cond_stage_model", None), TextEncoder):
         name = type(model).__name__
         raise ValueError(f"this {name} draws no texts: name a text model, or use scripts/sample_diffusion.py")
+    if getattr(model, "conditioning_key", None) == "hybrid":
+        raise ValueError("this model fills masked parts of pictures: use scripts/inpaint.py")
     adjust_model(model, args.parameterization, args.zero_terminal_snr, args.clip_skip)
     words = load_words_of(model, args)
     prompts = prompts or [f"a photo of {words[0]}"]

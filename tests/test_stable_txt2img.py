@@ -82,6 +82,34 @@ def test_draws_from_files_and_folders_alike(folder: Path, tmp_path: Path):
     assert (tmp_path / "a" / "a-toy_42-grid.png").is_file()
 
 
+def test_inpainting_fills_by_a_text_and_keeps_the_rest(folder: Path, tmp_path: Path):
+    write_sd(tmp_path / "model.safetensors", "sd1-inpainting")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": sd_config("sd1-inpainting")}))
+    picture = np.random.default_rng(0).integers(0, 255, (40, 36, 3), dtype=np.uint8)
+    mask = np.zeros((40, 36), np.uint8)
+    mask[10:20, 5:30] = 255
+    (tmp_path / "in").mkdir()
+    Image.fromarray(picture).save(tmp_path / "in" / "a.png")
+    Image.fromarray(mask).save(tmp_path / "in" / "a_mask.png")
+
+    def fill(*words: object) -> np.ndarray:
+        where = ("--indir", tmp_path / "in", "--outdir", tmp_path / "out", "--steps", 2, "--device", "cpu")
+        command("inpaint").main([str(word) for word in (*where, "--ckpt_path", tmp_path, *words)])
+        return np.asarray(Image.open(tmp_path / "out" / "a.png"))
+
+    cat, words = fill("--prompt", "a cat"), ("--embedding_path", folder / "toy.pt")
+    assert np.array_equal(cat[mask == 0], picture[mask == 0])
+    assert not np.array_equal(cat[mask > 0], picture[mask > 0])
+    assert np.array_equal(cat, fill("--prompt", "a cat"))
+    assert read_settings(tmp_path / "out" / "a.png")["prompt"] == "a cat"
+    for other in (("--prompt", "a <toy>", *words), words, ("--prompt", "a cat", "--scale", 1)):
+        assert not np.array_equal(cat, fill(*other))
+    with pytest.raises(ValueError, match="fills by a text: say what"):
+        fill()
+    with pytest.raises(ValueError, match=r"use scripts/inpaint\.py"):
+        draw(tmp_path / "x", "--ckpt", tmp_path, "--prompt", "a cat", *SMALL)
+
+
 def test_fixed_code_repeats_the_noise(folder: Path, tmp_path: Path):
     words = ("--ckpt", folder, "--prompt", "a cat", "--n_iter", 2, "--n_samples", 1, "--skip_grid", *SMALL)
     assert list(draw(tmp_path / "a", *words)) == ["a-cat_42.png", "a-cat_43.png"]
