@@ -38,11 +38,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         name = target.name.encode(errors="ignore")[:200].decode(errors="ignore")  # file systems allow 255 bytes
         temporary = target.with_name(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
         temporary.touch(exist_ok=False)
+        mode = (target if target.exists() else temporary).stat().st_mode & 0o777  # some writers make private files
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        if target.exists():
-            temporary.chmod(target.stat().st_mode & 0o777)
+        temporary.chmod(mode)
         temporary.replace(target)
         _sync_folder(target.parent)
     except OSError as error:

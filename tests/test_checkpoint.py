@@ -120,6 +120,8 @@ def test_reads_parameters_and_float8(tmp_path: Path):
 def test_saving_replaces_the_file_at_once(tmp_path: Path, save: Any):
     path = tmp_path / "new" / "a.pt"
     save({"w": torch.ones(2)}, path)
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # not private
     path.chmod(0o640)
     link = tmp_path / "link.pt"
     link.symlink_to(path)
