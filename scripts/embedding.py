@@ -132,9 +132,13 @@ def convert(args: argparse.Namespace) -> None:
         save(words, target, args.format)
         return
     format = chosen_format(Path(args.target), args.format)
+    stems: list[str] = []
     for word in words.vectors:
-        suffix = FORMATS[format].suffixes[0]
-        save(only(words, [word]), target / f"{slug(word)}{suffix}", format)
+        stem, number = slug(word), 1
+        while (stem if number == 1 else f"{stem}-{number}") in stems:
+            number += 1
+        stems.append(stem if number == 1 else f"{stem}-{number}")
+        save(only(words, [word]), target / f"{stems[-1]}{FORMATS[format].suffixes[0]}", format)
 
 
 def only(words: EmbeddingFile, names: Sequence[str]) -> EmbeddingFile:

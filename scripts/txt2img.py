@@ -129,7 +129,7 @@ def parse_args(argv: Sequence[str] | None = None, parser: argparse.ArgumentParse
         unknown = {"prompt", "seed", *PICTURE_FLAGS} - set(settings)
         if unknown:
             raise ValueError(f"{args.from_image} was not made by txt2img.py: its settings lack {sorted(unknown)[0]}")
-        parser.set_defaults(n_samples=1, prompt=settings["prompt"], seed=settings["seed"])
+        parser.set_defaults(n_samples=1, n_iter=1, prompt=settings["prompt"], seed=settings["seed"])
         parser.set_defaults(**{flag: settings[flag] for flag in (*PICTURE_FLAGS, *NEWER_FLAGS) if flag in settings})
         args = parser.parse_args(argv)
         args.expected_words = settings.get("embedding_sha256", [])

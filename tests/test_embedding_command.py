@@ -130,6 +130,11 @@ def test_convert_makes_one_file_for_each_word(files: Path):
     found = sorted((files / "words").iterdir())
     assert [path.name for path in found] == ["a.safetensors", "b-c.safetensors"]
     assert torch.equal(read_embeddings(found[0]).vectors["<a>"], SD[:1])
+    alike = EmbeddingFile({"<a>": SD[:1], "a!": SD[1:]})
+    write_embeddings(alike, files / "alike.pt")
+    run("convert", files / "alike.pt", f"{files}/alike/", "--format", "diffusers")
+    back = {path.name: list(read_embeddings(path).vectors) for path in (files / "alike").iterdir()}
+    assert back == {"a.safetensors": ["<a>"], "a-2.safetensors": ["a!"]}
     run("convert", files / "both.pt", files / "b.png", "--word", "<b c>")
     assert torch.equal(read_embeddings(files / "b.png").vectors["<b c>"], -SD)
 

@@ -135,7 +135,7 @@ def test_each_option_changes_the_picture_and_is_recorded(folder: Path, tmp_path:
     (plain,) = draw(tmp_path / "a", *words).values()
     ((name, changed),) = draw(tmp_path / "b", *words, *flags).items()
     assert np.abs(plain - changed).max() > 0
-    again = draw(tmp_path / "c", "--from-image", tmp_path / "b" / "samples" / name, "--n_iter", 1, "--device", "cpu")
+    again = draw(tmp_path / "c", "--from-image", tmp_path / "b" / "samples" / name, "--device", "cpu")
     assert np.array_equal(next(iter(again.values())), changed)
 
 
@@ -146,7 +146,7 @@ def test_pictures_made_before_an_option_existed_can_be_drawn_again(folder: Path,
     for flag in ("prompt_weights", "long_prompts", "clip_skip", "parameterization", "zero_terminal_snr"):
         del settings[flag]
     save_png(plain.astype(np.uint8), tmp_path / "old.png", settings)
-    (again,) = draw(tmp_path / "b", "--from-image", tmp_path / "old.png", "--n_iter", 1, "--device", "cpu").values()
+    (again,) = draw(tmp_path / "b", "--from-image", tmp_path / "old.png", "--device", "cpu").values()
     assert np.array_equal(again, plain)
 
 
