@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.run import RunPlan
 from ldm.util import ConfigError
 
@@ -40,16 +41,24 @@ def keep_activations(model: Any, batch_size: int, device: torch.device) -> None:
     Published configs ask for it, and computing activations again costs a third of the time; gradients are the same.
     """
     layers = checkpointed_layers(model) if getattr(model, "inverts", False) else []
-    if not layers or getattr(model, "conditioning_key", None) != "crossattn":
+    network = getattr(getattr(model, "model", None), "diffusion_model", None)
+    text_only = getattr(model, "conditioning_key", None) == "crossattn" and isinstance(network, UNetModel)
+    free = free_bytes(device)
+    if not layers or not text_only or free is None:
         return
-    for layer, name in layers:
-        setattr(layer, name, False)
-    needed, free = activation_bytes(model, batch_size), free_bytes(device)
-    if free is not None and MARGIN * needed <= free:
+    coming = sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type != device.type)
+    kept = False
+    try:
+        for layer, name in layers:
+            setattr(layer, name, False)
+        needed = activation_bytes(model, batch_size)
+        kept = MARGIN * needed + coming <= free
+    finally:
+        if not kept:
+            for layer, name in layers:
+                setattr(layer, name, True)
+    if kept:
         log.info("Activations (%.1f GB) fit in memory: keeping them, instead of computing them twice", needed / 1e9)
-        return
-    for layer, name in layers:
-        setattr(layer, name, True)
 
 
 def checkpointed_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -92,4 +101,14 @@ def free_bytes(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     info = Path("/proc/meminfo")
     rows = info.read_text().splitlines() if device.type == "cpu" and info.exists() else []
-    return next((int(row.split()[1]) * 1024 for row in rows if row.startswith("MemAvailable")), None)
+    available = next((int(row.split()[1]) * 1024 for row in rows if row.startswith("MemAvailable")), None)
+    limit, used = (_number_in(Path("/sys/fs/cgroup", name)) for name in ("memory.max", "memory.current"))
+    if available is None or limit is None or used is None:
+        return available
+    return min(available, limit - used)  # a container may have less than the machine
+
+
+def _number_in(path: Path) -> int | None:
+    """The number that a file holds; None without the file or where it says `max`."""
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else None

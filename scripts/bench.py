@@ -125,6 +125,7 @@ def measure(args: argparse.Namespace) -> None:
     )
     run(plan, args.cells, results)
     text = table(results.cells)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".md").write_text(text)
     print(text)
     plot = args.out.with_suffix(".png")

@@ -52,7 +52,12 @@ def test_ratio_compares_calls_of_the_same_round():
     assert median_ratio(*slow_machine, "wall") == 0.5
 
 
-@pytest.mark.parametrize("model", SIZES)
+def test_every_cell_has_its_work():
+    assert set(bench.MODELS) == set(SIZES)
+    assert set(bench.JOBS) == {*Ours(Setup("sd1", quick=True)).jobs(), *session.IN_PROCESSES}
+
+
+@pytest.mark.parametrize("model", ["sd1", pytest.param("ldm", marks=pytest.mark.slow), "emoji"])
 def test_jobs_run_in_16_bits(model: str):
     ours = Ours(Setup(model, "bfloat16", quick=True))
     for job in (ours.unet_training, ours.inversion_step, ours.encode, ours.decode):

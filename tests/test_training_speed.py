@@ -60,6 +60,15 @@ def test_checkpointing_gives_way_to_memory(
     assert ("fit in memory" in caplog.text) == kept
 
 
+def test_a_failed_estimate_leaves_the_config_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch):
+    layers = ask_for_checkpointing(model)
+    monkeypatch.setattr(speed, "free_bytes", lambda device: 10**12)
+    monkeypatch.setattr(model, "image_size", 7)  # not what the network can halve
+    with pytest.raises(ValueError, match="not multiples"):
+        speed.keep_activations(model, 4, CPU)
+    assert speed.checkpointed_layers(model) == layers
+
+
 def test_a_compiled_network_has_the_same_names(model: Any):
     names = list(model.state_dict())
     speed.compile_network(model)

@@ -129,9 +129,13 @@ def timed_cell(plan: Plan, setup: Setup, job: str, jobs: dict[str, Job]) -> Cell
     return cell
 
 
-def _peak_of(setup: Setup, job: str, who: str) -> float:
+def _peak_of(setup: Setup, job: str, who: str) -> float | None:
     described = dataclasses.asdict(setup) | {"device": str(setup.device)}
-    return float(runs.child({"kind": "memory", "setup": described, "job": job, "who": who})["peak_gb"])
+    try:
+        return float(runs.child({"kind": "memory", "setup": described, "job": job, "who": who})["peak_gb"])
+    except RuntimeError as error:  # most likely for want of memory; times are still worth having
+        log.warning("%s", error)
+        return None
 
 
 def _process_cell(plan: Plan, setup: Setup, job: str) -> Cell:
