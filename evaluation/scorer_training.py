@@ -48,7 +48,7 @@ CHECKPOINT = "last.pt"
 LOG_EVERY = 20
 SCENE_PHRASES = {scene: words for words, scene in SCENES.items()}
 PAIR_TEMPERATURE = 0.1
-KIND_WEIGHTS = (1.0, 1.0, 0.3, 0.5)  # object, style, background (learned at once), drawing
+KIND_WEIGHTS = (1.0, 2.0, 0.3, 0.5)  # object, style, background (learned at once), drawing
 HARD_WORDS = re.compile(r"\b(two|three|small|left|right|top|bottom)\b")
 
 
@@ -69,7 +69,7 @@ class TrainOptions:
     bf16: encode in bfloat16, twice as fast on processors that have it.
     """
 
-    steps: int = 5000
+    steps: int = 6800
     name_steps: int = 1600
     easy_steps: int = 600
     name_batch: int = 192

@@ -18,7 +18,7 @@ logger = logging.getLogger("train_scorer")
 EXAMPLES = """\
 examples:
   train, or go on after an interruption (needs 'make data'); the weights end up in models/scorer/emoji64:
-    OMP_NUM_THREADS=1 python scripts/train_scorer.py --steps 5000
+    OMP_NUM_THREADS=1 python scripts/train_scorer.py --steps 6800
   train a finished scorer for longer, on fresh pictures:
     python scripts/train_scorer.py --steps 9000 --picture-seed 1
   print the figures of the shipped scorer:
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="cache, checkpoint and log (default: %(default)s)")  # fmt: skip
     add("--out", type=Path, default=Path("models/scorer/emoji64"), metavar="DIR",
         help="where the finished scorer goes (default: %(default)s)")  # fmt: skip
-    add("--steps", type=int, default=5000, help="optimiser steps in all (default: %(default)s)")
+    add("--steps", type=int, default=6800, help="optimiser steps in all (default: %(default)s)")
     add("--name-steps", type=int, default=1600, metavar="N",
         help="of these, steps on names and small pictures only, at the start (default: %(default)s)")  # fmt: skip
     add("--pictures", type=int, default=100_000, metavar="N", help="pictures to cache (default: %(default)s)")

@@ -263,7 +263,7 @@ def test_shipped_scorer_knows_objects_backgrounds_and_styles(shipped: Scorer, sp
     styles = shipped.name_style(images)
     assert np.mean([a == b for a, b in zip(styles, pictures.styles, strict=True)]) >= 0.8
     same, different, setting, _ = pair_similarities(shipped.encode_image(images), pictures)
-    assert np.mean(same) > np.mean(setting) + 0.2 > np.mean(different) + 0.2
+    assert np.mean(same) > max(np.mean(setting), np.mean(different)) + 0.3
 
 
 def test_help_is_quick_and_needs_no_data():
