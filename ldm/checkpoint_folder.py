@@ -157,9 +157,10 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 def _sharded(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+    listed = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not listed or any(not isinstance(name, str) or Path(name).name != name for name in listed):
         raise CheckpointError(f"{index} does not list files beside it")
+    names = set(listed)
     missing = sorted(name for name in names if not (index.parent / name).is_file())
     if missing:
         raise CheckpointError(f"{index.parent} lacks {missing[0]}, one of {len(names)} parts; {AGAIN}")

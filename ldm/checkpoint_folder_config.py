@@ -45,6 +45,22 @@ UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
 }
+# The largest sizes that any such model could have: a config must not be able to ask for endless work or memory.
+LIMITS = {
+    "block_out_channels": 1 << 14,
+    "cross_attention_dim": 1 << 14,
+    "hidden_size": 1 << 14,
+    "in_channels": 1 << 10,
+    "intermediate_size": 1 << 16,
+    "latent_channels": 1 << 10,
+    "layers_per_block": 16,
+    "max_position_embeddings": 1 << 12,
+    "num_hidden_layers": 128,
+    "num_train_timesteps": 1 << 20,
+    "out_channels": 1 << 10,
+    "transformer_layers_per_block": 32,
+    "vocab_size": 1 << 20,
+}
 FIRST_STAGE_FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
     "mid_block_add_attention": (True,),
@@ -66,12 +82,22 @@ def config_of_folder(path: str | Path) -> Config:
     if lacking:
         raise CheckpointError(f"{path} has no {lacking[0]}/config.json: is it a whole Stable Diffusion folder?")
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    for config in (*parts.values(), scheduler):
+        _check_sizes(path, config)
     try:
         return _model_config(parts["unet"], parts["vae"], parts["text_encoder"], scheduler)
     except CheckpointError as error:
         raise CheckpointError(f"{path} is no Stable Diffusion 1 or 2 model: {error}") from error
     except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{path}: its configs lack something or contradict each other ({error})") from error
+
+
+def _check_sizes(path: Path, config: Config) -> None:
+    for key, most in LIMITS.items():
+        value = config.get(key)
+        values = value if isinstance(value, list) else [value]
+        if len(values) > 16 or any(isinstance(v, (int, float)) and not 1 <= v <= most for v in values):
+            raise CheckpointError(f"{path}: {key} is {str(value)[:100]} in its configs, which no such model has")
 
 
 def _model_config(unet: Config, vae: Config, text: Config, scheduler: Config) -> Config:
@@ -137,7 +163,7 @@ def _unet_params(unet: Config) -> Config:
     expected = ["CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(crosses)]
     if list(unet["up_block_types"]) != expected or len(crosses) != len(widths):
         raise CheckpointError(f"the blocks of its UNet are {unet['down_block_types']} and {unet['up_block_types']}")
-    heads = unet.get("num_attention_heads") or unet["attention_head_dim"]  # a misnomer of old: both count heads
+    heads = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8)  # a misnomer of old: both count heads
     counts = [heads] * len(widths) if isinstance(heads, int) else [int(count) for count in heads]
     head_widths = {width // count for width, count in zip(widths, counts, strict=True)}
     if len(set(counts)) == 1:

@@ -169,10 +169,11 @@ def test_older_folders_and_their_variants_are_read(folders: dict[str, Path], tmp
     assert_same(read_state_dict(tmp_path), expected)
     with pytest.raises(CheckpointError, match="no weights of variant 'fp16'"):
         convert(tmp_path, tmp_path / "x.ckpt", variant="fp16")
-    index["weight_map"]["conv_in.bias"] = "../../secret.safetensors"
-    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="does not list files beside it"):
-        read_state_dict(tmp_path)
+    for value in ("../../secret.safetensors", ["a"], 5, None):
+        index["weight_map"]["conv_in.bias"] = value  # type: ignore[assignment]
+        (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match="does not list files beside it"):
+            read_state_dict(tmp_path)
 
 
 def copy_with(source: Path, target: Path, part: str, **changed: Any) -> Path:
@@ -197,6 +198,10 @@ def copy_with(source: Path, target: Path, part: str, **changed: Any) -> Path:
         ("unet", {"block_out_channels": None}, "lack something or contradict"),
         ("unet", {"down_block_types": ["CrossAttnDownBlock2D"]}, "blocks of its UNet"),
         ("unet", {"norm_num_groups": 16}, "norm_num_groups = 16"),
+        ("unet", {"layers_per_block": 10**9}, "which no such model has"),
+        ("unet", {"block_out_channels": [32] * 99}, "which no such model has"),
+        ("text_encoder", {"num_hidden_layers": 10**9}, "which no such model has"),
+        ("unet", {"block_out_channels": [-32]}, "which no such model has"),
         ("vae", {"latent_channels": "four"}, "lack something or contradict"),
         ("vae", {"shift_factor": 0.1}, "shift_factor"),
         ("scheduler", {"prediction_type": "flow"}, "prediction_type is 'flow'"),
