@@ -106,12 +106,14 @@ SAMPLERS: dict[str, tuple[type[Sampler], dict[str, Any], str, dict[str, Any]]] =
 }
 
 
-@pytest.mark.parametrize("variant", ["sd1", "sd2", "sd1-inpainting"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_trajectories_agree(pairs: dict[str, SimpleNamespace], variant: str, name: str):
     """20 guided steps of diffusers' pipeline, its scheduler and its own loop, against our sampler."""
-    if (variant, name) == ("sd2", "plms"):
+    if name == "plms" and VARIANTS[variant]:
         pytest.skip("for models of v, PNDM extrapolates v, and PLMS the noise as it does for all")
+    if name == "dpm" and variant == "sd2-zero-snr":
+        pytest.skip("where there is no signal, the scheduler puts in a little, and ours is exact")
     pair = pairs[variant]
     kind, options, theirs, their_options = SAMPLERS[name]
     scheduler = getattr(diffusers, theirs).from_config(pair.pipe.scheduler.config, **their_options)

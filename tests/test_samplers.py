@@ -271,6 +271,9 @@ def test_zero_terminal_snr_model(sampler):
     model = Gaussian(parameterization="v", rescaled=True)
     found, _ = sampler(model).sample(1000 if sampler is DDIMSampler else 40, 2, SHAPE, seeds=[0, 1], verbose=False)
     assert torch.isfinite(found).all()
+    chain = sampler(model)
+    chain.make_schedule(10)
+    assert chain.current_grid().alphas[-1] == 0  # it begins where there is noise alone
     assert found.mean().item() == pytest.approx(0.7, abs=0.1)
     with pytest.raises(ValueError, match="use ddim"):
         PLMSSampler(model).sample(1000, 1, SHAPE, verbose=False)
@@ -511,7 +514,7 @@ def test_guidance_rescale_restores_the_spread():
         (DDIMSampler, {"mask": torch.ones(1, 1, 8, 8)}, "go together"),
         (DDIMSampler, {"noise": lambda shape: torch.zeros(1)}, "noise source gave"),
         (DDIMSampler, {"guidance_rescale": 2.0}, "guidance_rescale"),
-        (DDIMSampler, {"ddim_discretize": "even"}, "'uniform' or 'quad'"),
+        (DDIMSampler, {"ddim_discretize": "even"}, "'uniform', 'quad' or 'trailing'"),
     ],
 )
 def test_bad_input_is_named(sampler, options, message):

@@ -147,7 +147,7 @@ def test_zero_terminal_snr():
         S.diffusion_buffers(rescaled, "eps")
 
 
-@given(st.sampled_from(["uniform", "quad"]), st.integers(1, 1000), st.integers(1, 1000))
+@given(st.sampled_from(["uniform", "quad", "trailing"]), st.integers(1, 1000), st.integers(1, 1000))
 def test_ddim_steps_stay_inside(method, count, total):
     if count > total:
         with pytest.raises(ValueError, match=f"from 1 to {total}"):
@@ -156,6 +156,9 @@ def test_ddim_steps_stay_inside(method, count, total):
     steps = S.make_ddim_timesteps(method, count, total)
     assert len(steps) >= count
     assert (np.diff(steps) >= 0).all()
+    if method == "trailing":
+        assert len(steps) == count
+        assert steps[-1] == total - 1
     assert 0 <= steps[0] <= steps[-1] <= total - 1
 
 
@@ -164,7 +167,7 @@ def test_ddim_steps_stay_inside(method, count, total):
     [
         (lambda: S.make_beta_schedule("linea", 10), "linear, cosine"),
         (lambda: S.make_beta_schedule("linear", 0), "at least 1"),
-        (lambda: S.make_ddim_timesteps("even", 5, 10), "'uniform' or 'quad'"),
+        (lambda: S.make_ddim_timesteps("even", 5, 10), "'uniform', 'quad' or 'trailing'"),
         (lambda: S.diffusion_buffers(np.full(5, 0.1), "epsilon"), "parameterization 'epsilon'"),
     ],
 )

@@ -130,6 +130,8 @@ class Sampler(abc.ABC):
 
     def make_grid(self, num_steps: int, discretize: str, eta: float) -> Grid:
         """Levels of a chain of `num_steps` steps; the published DDIM ones unless a sampler has its own."""
+        if discretize == "uniform" and self.model.alphas_cumprod[-1] <= 0:
+            discretize = "trailing"  # the chain begins at pure noise, which only the last time step is
         steps = make_ddim_timesteps(discretize, num_steps, self.ddpm_num_timesteps)
         sigmas, alphas, alphas_prev = make_ddim_sampling_parameters(self.model.alphas_cumprod, steps, eta)
         return Grid(steps, alphas, alphas_prev, sigmas)
@@ -187,7 +189,8 @@ class Sampler(abc.ABC):
         Guidance:         `conditioning` against `unconditional_conditioning` (an empty or a negative prompt).
         Known parts:      where `mask` (B or 1, 1 or C, h, w) is 1, the noised `x0` replaces x at each step; with
                           `paste_x0` the result holds `x0` itself there.
-        Chain:            `timesteps` runs only the least noisy levels; `ddim_discretize` "uniform" or "quad".
+        Chain:            `timesteps` runs only the least noisy levels; `ddim_discretize` "uniform" (where the last
+                          time step is pure noise the same as "trailing"), "quad" or "trailing".
         Watching:         `callback(n)` and `img_callback(pred_x0, n)` after step n = 0, 1, ...; the log holds x and
                           the estimates of x_0 of every `log_every_t`-th index; `verbose` shows a progress bar.
         """

@@ -199,6 +199,7 @@ def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddp
 
     "uniform" takes every (T // S)-th step, so that it returns more than S steps when S does not divide T; "quad"
     takes S steps, denser near 0. Both are shifted by one, and an index past the end becomes the last one, T - 1.
+    "trailing" takes S even steps of which the last is T - 1 (Lin et al. 2024, section 3.3).
     """
     if not 1 <= num_ddim_timesteps <= num_ddpm_timesteps:
         raise ValueError(
@@ -209,8 +210,11 @@ def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddp
         steps = np.arange(0, num_ddpm_timesteps, num_ddpm_timesteps // num_ddim_timesteps)
     elif ddim_discr_method == "quad":
         steps = (np.linspace(0, np.sqrt(num_ddpm_timesteps * 0.8), num_ddim_timesteps) ** 2).astype(np.int64)
+    elif ddim_discr_method == "trailing":
+        even = num_ddpm_timesteps * (1 - np.arange(num_ddim_timesteps) / num_ddim_timesteps)  # (S,)
+        return even.round().astype(np.int64)[::-1] - 1
     else:
-        raise ValueError(f"ddim_discretize '{ddim_discr_method}' is unknown; choose 'uniform' or 'quad'")
+        raise ValueError(f"ddim_discretize '{ddim_discr_method}' is unknown; choose 'uniform', 'quad' or 'trailing'")
     return np.minimum(steps + 1, num_ddpm_timesteps - 1)
 
 
