@@ -37,6 +37,7 @@ SECTIONS = {
         "strategy",
         "find_unused_parameters",
         "compile",
+        "keep_activations",
     ),
 }
 

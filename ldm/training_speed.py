@@ -21,7 +21,7 @@ MARGIN = 1.5  # activations that fit so many times over are kept; the rest is fo
 
 def speed_up(model: Any, plan: RunPlan, device: torch.device) -> None:
     """Do both where `plan` trains and allows them."""
-    if plan.train:
+    if plan.train and plan.lightning.get("keep_activations", True):
         keep_activations(model, int(OmegaConf.select(plan.config, "data.params.batch_size") or 1), device)
     if plan.lightning.get("compile"):
         compile_network(model)

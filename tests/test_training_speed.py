@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 import main
@@ -80,3 +82,14 @@ def test_a_compiled_network_has_the_same_names(model: Any):
 def test_a_resumed_run_finds_the_flag_in_its_config():
     args, overrides = main.parse_args(["--base", "configs/finetune.yaml", "--data_root", "imgs", "--compile"])
     assert make_plan(args, overrides).lightning.compile is True
+
+
+def test_checkpointing_stays_where_the_config_says_so(model: Any, monkeypatch: pytest.MonkeyPatch):
+    layers = ask_for_checkpointing(model)
+    monkeypatch.setattr(speed, "free_bytes", lambda device: 10**12)
+    plan: Any = SimpleNamespace(train=True, config=OmegaConf.create(), lightning={"keep_activations": False})
+    speed.speed_up(model, plan, CPU)
+    assert speed.checkpointed_layers(model) == layers
+    plan.lightning["keep_activations"] = True
+    speed.speed_up(model, plan, CPU)
+    assert speed.checkpointed_layers(model) == []
