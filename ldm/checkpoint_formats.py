@@ -127,17 +127,18 @@ def _read_zip(file: io.BufferedReader, size: int) -> tuple[Any, dict[str, int]]:
         if length < ref.numel * ITEM_SIZES[ref.dtype]:
             raise CheckpointError(f"is damaged: record {name} is missing or too short; {AGAIN}")
         starts[ref.key] = start
-    return _weights_of_program(tree) if isinstance(tree, PickledObject) else tree, starts
+    is_program = isinstance(tree, PickledObject) and tree.type.startswith("__torch__.")
+    return _weights_of_program(tree) if is_program else tree, starts
 
 
 def _weights_of_program(tree: PickledObject) -> dict[str, TensorMeta]:
-    """{dotted name: tensor} of the modules of a TorchScript program; empty for any other object."""
+    """{dotted name: tensor} of the modules of a TorchScript program."""
     weights: dict[str, TensorMeta] = {}
     todo: list[tuple[str, Any]] = [("", tree)]
     seen: set[int] = set()
     while todo:
         prefix, node = todo.pop()
-        if not (node.type.startswith("__torch__.") and isinstance(node.state, dict)) or id(node) in seen:
+        if not isinstance(node.state, dict) or id(node) in seen:
             continue
         seen.add(id(node))
         for name, value in node.state.items():
