@@ -64,8 +64,8 @@ def judge(scorer: Scorer, images: Tensor, requests: Sequence[Request], names: Se
     scores = scorer.object_scores(images, list(names)).numpy()  # (N, number of names)
     first = []
     for row, name in zip(scores, asked, strict=True):
-        others = [i for i, n in enumerate(names) if n != name]
-        others = rng.choice(others, min(CANDIDATES - 1, len(others)), replace=False)
+        wrong = [i for i, n in enumerate(names) if n != name]
+        others = rng.choice(wrong, min(CANDIDATES - 1, len(wrong)), replace=False)
         first.append(float(row[others].max() < row[list(names).index(name)]))
     colours, styles = scorer.name_background(images), scorer.name_style(images)
     return [
