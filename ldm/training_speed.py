@@ -28,11 +28,19 @@ def speed_up(model: Any, plan: RunPlan, device: torch.device) -> None:
 
 
 def compile_network(model: Any) -> None:
-    """Compile the denoising network in place: names in checkpoints stay, so runs go on with and without."""
+    """Compile the denoising network's passes with gradients in place; names in checkpoints stay as they are.
+
+    Other passes run uncompiled: validation and samples come in many batch sizes, and each would be compiled anew.
+    """
     network = getattr(getattr(model, "model", None), "diffusion_model", None)
     if not isinstance(network, nn.Module):
         raise ConfigError(f"--compile: {type(model).__name__} has no denoising network to compile")
-    network.compile()
+    plain, compiled = network.forward, torch.compile(network.forward)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+    network.forward = forward
 
 
 def keep_activations(model: Any, batch_size: int, device: torch.device) -> None:

@@ -71,12 +71,37 @@ def test_a_failed_estimate_leaves_the_config_as_it_was(model: Any, monkeypatch: 
     assert speed.checkpointed_layers(model) == layers
 
 
-def test_a_compiled_network_has_the_same_names(model: Any):
+def test_a_compiled_network_has_the_same_names(model: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(model.model.diffusion_model, "forward", model.model.diffusion_model.forward)
     names = list(model.state_dict())
     speed.compile_network(model)
     assert list(model.state_dict()) == names
     with pytest.raises(ConfigError, match="no denoising network"):
         speed.compile_network(torch.nn.Linear(1, 1))
+
+
+def test_only_passes_with_gradients_are_compiled(model: Any, monkeypatch: pytest.MonkeyPatch):
+    calls: list[bool] = []
+
+    def compile_it(forward: Any) -> Any:
+        def compiled(*args: Any, **kwargs: Any) -> Any:
+            calls.append(torch.is_grad_enabled())
+            return forward(*args, **kwargs)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_it)
+    network = model.model.diffusion_model
+    monkeypatch.setattr(network, "forward", network.forward)
+    x, t = torch.randn(2, network.in_channels, 8, 8), torch.tensor([1, 5])
+    context = torch.randn(2, 4, network.context_dim)
+    plain = network(x, t, context=context)
+    speed.compile_network(model)
+    with torch.no_grad():
+        assert torch.equal(network(x, t, context=context), plain)
+    assert calls == []
+    assert torch.equal(network(x, t, context=context), plain)
+    assert calls == [True]
 
 
 def test_a_resumed_run_finds_the_flag_in_its_config():
