@@ -6,11 +6,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 USER_ERRORS = (ValueError, TypeError, OSError)
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")  # by name: torch's own is not worth importing torch for
 DEBUG_FLAGS = {"--debug", "-d"}
 BAD_INPUT, INTERRUPTED = 2, 130
+MOST_FILES = 8  # that are named on the screen
 
 
 def add_debug_flag(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         choices=("full", "autocast", "half"),
         help="full: float32; autocast: 16 bits where it is safe; half: 16-bit weights (default: %(default)s)",
     )
+
+
+def print_files(pictures: Sequence[Path], grids: Sequence[Path] = ()) -> None:
+    """Say where pictures and grids were written, without flooding the screen."""
+    for path in [*pictures[:MOST_FILES], *grids]:
+        print(path)
+    if len(pictures) > MOST_FILES:
+        print(f"... and {len(pictures) - MOST_FILES} more in {pictures[0].parent}")
 
 
 def run_command(main: Callable[[Sequence[str]], object], argv: Sequence[str] | None = None) -> None:

@@ -26,7 +26,7 @@ examples:
 def build_parser() -> argparse.ArgumentParser:
     """Parser of the command line."""
     from ldm.cli import add_debug_flag
-    from scripts.txt2img import add_word_flags
+    from ldm.generate_command import add_word_flags
 
     parser = argparse.ArgumentParser(
         prog="inpaint.py",
@@ -98,7 +98,7 @@ def takes_text(model: Any) -> bool:
 
 def read_words(model: Any, args: argparse.Namespace) -> None:
     """Load the learned words, and see that there is a prompt for a model that needs one."""
-    from scripts.txt2img import check_words, load_words_of
+    from ldm.generate_command import check_words, load_words_of
 
     words = load_words_of(model, args)
     if args.prompt is None and not words:

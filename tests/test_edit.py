@@ -18,7 +18,7 @@ from ldm.generate_words import load_words, parse_renames
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.embedding_io import EmbeddingFile, write_embeddings
 from ldm.util import instantiate_from_config
-from scripts import img2img
+from scripts import img2img, txt2img
 from tests.conftest import END_TO_END
 from tests.meta_models import load_config, without_files
 from tests.test_generate import word_file
@@ -238,6 +238,31 @@ def test_a_learned_word_inside_a_mask(folder: Path, square: Path, tmp_path: Path
     assert (tmp_path / "out" / "a-photo-of-cat_42-grid.png").is_file()
 
 
+def test_a_picture_is_repeated_from_its_file(folder: Path, square: Path, tmp_path: Path):
+    words = ["--embedding_path", word_file(tmp_path / "cat.pt"), "--word_strength", 0.5, "--seed", 7]
+    how = ["--strength", 0.5, "--parameterization", "v", "--n_samples", 1]
+    call(folder, square, *words, *how, "--prompt", "a photo of *", "--outdir", tmp_path / "a")
+    first = tmp_path / "a" / "samples" / "a-photo-of_7.png"
+    img2img.main(["--from-image", str(first), "--device", "cpu", "--outdir", str(tmp_path / "b")])
+    again = tmp_path / "b" / "samples" / first.name
+    assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(first)))
+    assert read_settings(again) == read_settings(first)
+    args = img2img.parse_args(["--from-image", str(first), "--strength", "0.25"])
+    assert (args.img_strength, args.parameterization, args.strength) == (0.25, "v", [0.5])
+    with pytest.raises(ValueError, match=r"was not made by txt2img\.py: its settings lack strength"):
+        txt2img.parse_args(["--from-image", str(first)])
+
+
+def test_options_of_the_model_change_the_picture(folder: Path, square: Path, tmp_path: Path):
+    call(folder, square, "--prompt", "a cat", "--n_samples", 1, "--outdir", tmp_path / "a")
+    options = ["--parameterization", "x0", "--zero_terminal_snr"]
+    call(folder, square, "--prompt", "a cat", "--n_samples", 1, "--outdir", tmp_path / "b", *options)
+    one, two = (np.asarray(Image.open(tmp_path / run / "samples" / "a-cat_42.png")).astype(int) for run in "ab")
+    assert np.abs(one - two).max() > 1
+    with pytest.raises(ValueError, match="clip_skip is for Stable Diffusion's text models"):
+        call(folder, square, "--prompt", "a cat", "--clip_skip", 2)
+
+
 def test_stressed_words(folder: Path, square: Path, tmp_path: Path):
     prompt = ["--prompt", "a (dark:1.6) photo", "--n_samples", 1]
     call(folder, square, *prompt, "--outdir", tmp_path / "a")
@@ -255,6 +280,9 @@ def test_strength_by_default(square: Path):
     args = img2img.parse_args([*common, "--C", "4", "--f", "8", "--fixed_code", "--plms", "--n_rows", "3"])
     assert {name: getattr(args, name) for name in published} == published
     assert args.sampler == "plms"
+    assert not args.fixed_code
+    with pytest.raises(ValueError, match="name the picture to start from with --init-img"):
+        img2img.parse_args(["--prompt", "x"])
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,18 @@ def test_txt2img_batch_size_and_prompts_from_a_file(text_folder, tmp_path, capsy
     assert "prompts-grid" not in capsys.readouterr().out
 
 
+def test_prompts_of_the_same_name_have_a_grid_each(text_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na cat!\na dog\n(a cat)\na cat\n")
+    common = [*QUICK, "--ckpt_path", text_folder, "--from-file", tmp_path / "prompts.txt", "--n_samples", 2]
+    call("txt2img", *common, "--outdir", tmp_path / "out")
+    names = [f"{name}-grid.png" for name in ("a-cat_42", "a-cat_42-2", "a-cat_42-3", "a-dog_42")]
+    assert sorted(grid.name for grid in (tmp_path / "out").glob("*.png")) == sorted(names)
+    for name in names:  # each holds its own prompt's pictures
+        stem, _, number = name.removesuffix("-grid.png").partition("42")
+        sample = np.asarray(Image.open(tmp_path / "out" / "samples" / f"{stem}42{number}.png"))
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / name))[2:34, 2:34], sample)
+
+
 def test_txt2img_flags_that_skip(text_folder, tmp_path):
     common = [*QUICK, "--ckpt_path", text_folder, "--prompt", "a cat", "--n_samples", 2]
     call("txt2img", *common, "--skip_grid", "--outdir", tmp_path / "a", "--H", 16, "--W", 40)
