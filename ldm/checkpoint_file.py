@@ -8,8 +8,7 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -50,7 +49,21 @@ class TensorInfo:
         return all(s == math.prod(n for n, _ in dims[i + 1 :]) for i, (_, s) in enumerate(dims))
 
 
-class TensorFile:
+class OpenCheckpoint:
+    """What is closed at the end of a `with` block."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; tensors that were read stay valid."""
+        raise NotImplementedError
+
+
+class TensorFile(OpenCheckpoint):
     """An open checkpoint: `tensors` from its index (nothing else is read yet), `scalars` such as `global_step`.
 
     Use as a context manager. Mapped tensors stay valid after the file is closed.
@@ -66,14 +79,6 @@ class TensorFile:
         self.tensors = {name: self._info(meta) for name, meta in _find_state_dict(tree).items()}
         top = tree if isinstance(tree, dict) else {}
         self.scalars = {k: v for k, v in top.items() if isinstance(k, str) and isinstance(v, (int, float, str))}
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file; mapped tensors stay valid."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.checkpoint_file import TensorFile, TensorInfo, open_file
+from ldm.checkpoint_file import OpenCheckpoint, TensorFile, TensorInfo, open_file
 from ldm.checkpoint_formats import AGAIN, CheckpointError, describe_folder
 from ldm.checkpoint_names import Place, folder_layout, to_original
 
@@ -46,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-class DiffusersFolder:
+class DiffusersFolder(OpenCheckpoint):
     """An open folder: `tensors` under their original names and shapes. Use as a context manager, like `TensorFile`.
 
     variant: which files to take where there are several ("fp16", "non_ema"); default: those without such a word.
@@ -87,14 +86,6 @@ class DiffusersFolder:
         self.tensors = {name: self._info(name, place, starts) for name, place in self._places.items()}
         kind = read_json(self.path / "scheduler" / "scheduler_config.json").get("prediction_type")
         self.scalars = {"prediction_type": kind} if isinstance(kind, str) else {}
-
-    def __enter__(self) -> DiffusersFolder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the files; tensors that were read stay valid."""
