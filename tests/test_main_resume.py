@@ -209,12 +209,13 @@ def test_kill_at_ten_random_moments(unbroken: Callable[[str], Path], tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
-def test_ctrl_c_in_a_terminal_reaches_workers_and_still_saves(tmp_path: Path):
+@pytest.mark.parametrize(("number", "workers", "devices"), [("SIGINT", 2, 1), ("SIGINT", 0, 2), ("SIGTERM", 0, 2)])
+def test_a_signal_that_reaches_all_processes_still_saves(number: str, workers: int, devices: int, tmp_path: Path):
     config = tiny_config()
-    config["data"]["params"]["num_workers"] = 2
+    config["data"]["params"]["num_workers"] = workers
     config["lightning"]["trainer"] |= {"max_steps": 1_000_000, "log_every_n_steps": 1}
     del config["lightning"]["modelcheckpoint"]
-    words = ["--base", write_config(tmp_path / "a.yaml", config), "-t", "-l", tmp_path / "logs"]
+    words = ["--base", write_config(tmp_path / "a.yaml", config), "-t", "-l", tmp_path / "logs", "--devices", devices]
     process = subprocess.Popen(
         [sys.executable, "main.py", *map(str, words)],
         cwd=ROOT,
@@ -226,7 +227,7 @@ def test_ctrl_c_in_a_terminal_reaches_workers_and_still_saves(tmp_path: Path):
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("logs/*/csv/*/metrics.csv")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.Signals[number])
     message = process.communicate(timeout=120)[1]
     assert process.returncode == 130, message[-2000:]
     assert "go on with: python main.py -r" in message

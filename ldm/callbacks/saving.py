@@ -93,8 +93,8 @@ class LastCheckpoint(Checkpoint):
         if threading.current_thread() is not threading.main_thread():
             return
         self._listen(signal.SIGINT, self._stop)
-        if trainer.world_size == 1:  # with several processes Lightning passes SIGTERM on to all of them
-            self._listen(signal.SIGTERM, self._stop)
+        # Lightning's own handler waits for the other processes in the middle of a step: a deadlock of several.
+        self._listen(signal.SIGTERM, self._stop)
         if hasattr(signal, "SIGUSR1"):  # not on Windows
             self._listen(signal.SIGUSR1, self._save)
 
