@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from ldm import callbacks as cb
 from ldm.checkpoint import CheckpointError
+from tests.test_autoencoder_training import Ramps, adversarial, kl_model
 
 
 class Manager(nn.Module):
@@ -289,22 +290,37 @@ def test_checkpoint_files_are_read_without_running_them(tmp_path: Path):
 # ---------------------------------------------------------------------------------------------- progress bar
 
 
+class Look(pl.Callback):
+    """Notes where the bar begins and ends, at each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        bar = trainer.progress_bar_callback.train_progress_bar
+        self.seen.append((bar.initial, bar.total))
+
+
+def barred_trainer(steps: int, look: Look) -> pl.Trainer:
+    return pl.Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+        callbacks=[cb.ProgressBar(), look],
+    )  # fmt: skip
+
+
 def test_bar_of_a_run_that_goes_on_counts_from_there(tmp_path: Path):
-    class Look(pl.Callback):
-        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-            bar = trainer.progress_bar_callback.train_progress_bar
-            seen.append((bar.initial, bar.total))
-
-    def trainer(steps: int) -> pl.Trainer:
-        return pl.Trainer(
-            max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
-            callbacks=[cb.ProgressBar(), Look()], default_root_dir=tmp_path,
-        )  # fmt: skip
-
-    seen: list[tuple[int, int]] = []
+    look = Look()
     data = DataLoader([{"image": torch.zeros(1, 2)} for _ in range(8)], batch_size=1)
-    first = trainer(3)
+    first = barred_trainer(3, look)
     first.fit(Inversion(), data)
     first.save_checkpoint(tmp_path / "a.ckpt")
-    trainer(11).fit(Inversion(), data, ckpt_path=tmp_path / "a.ckpt", weights_only=False)
-    assert seen == [(0, 3)] * 3 + [(3, 8)] * 5 + [(0, 3)] * 3
+    barred_trainer(11, look).fit(Inversion(), data, ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+    assert look.seen == [(0, 3)] * 3 + [(3, 8)] * 5 + [(0, 3)] * 3
+
+
+@pytest.mark.filterwarnings("ignore:You called `self.log")
+def test_bar_of_two_optimisers_counts_batches():
+    look, model = Look(), kl_model(adversarial(disc_start=0))
+    model.accumulate_grad_batches = 2
+    barred_trainer(5, look).fit(model, DataLoader(Ramps(8), batch_size=1))
+    assert look.seen == [(0, 8)] * 8 + [(0, 2)] * 2  # four steps of both, then one

@@ -146,8 +146,10 @@ class ProgressBar(TQDMProgressBar):
         total = float(trainer.num_training_batches)
         done = self._resumed_at if self._resumed_at < total else 0
         if trainer.max_steps >= 0:
-            left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-            total = min(total, done + left)
+            module = trainer.lightning_module
+            accumulating = trainer if module.automatic_optimization else module  # whoever steps the optimisers
+            left = trainer.max_steps - trainer.global_step
+            total = min(total, done + left * getattr(accumulating, "accumulate_grad_batches", 1))
         self.train_progress_bar.reset(int(total) if math.isfinite(total) else None)
         self.train_progress_bar.initial = self.train_progress_bar.n = done
 
