@@ -12,8 +12,8 @@ from torch import Tensor
 
 from evaluation.alignment import IMAGE, TEXT, Alignment
 from ldm.modules.embedding_io import read_embeddings
-from tests.tiny_inversion import inversion_config, vectors, words
-from tests.tiny_run import last_checkpoint, only_run, run_main, write_config
+from tests.tiny_inversion import inversion_config, learn, learn_until, vectors
+from tests.tiny_run import last_checkpoint, run_main, write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,8 +69,7 @@ def logged(run: Path) -> dict[int, tuple[float, float]]:
 
 def test_the_best_is_the_likest_before_texts_are_lost(tmp_path: Path):
     text, image = [0.50, 0.49, 0.46, 0.44, 0.3], [0.1, 0.3, 0.5, 0.9, 0.95]
-    run_main(*words(config(tmp_path, text, image, monitor=IMAGE, mode="max"), tmp_path))
-    run = only_run(tmp_path / "logs")
+    run = learn(config(tmp_path, text, image, monitor=IMAGE, mode="max"), tmp_path)
     best = read_embeddings(run / "checkpoints" / "embeddings_best.pt")
     assert best.info["step"] == 2
     assert best.info["monitor"] == IMAGE
@@ -84,21 +83,16 @@ def test_the_best_is_the_likest_before_texts_are_lost(tmp_path: Path):
 
 def test_without_a_limit_it_only_watches(tmp_path: Path):
     file = config(tmp_path, [0.5, 0.1, 0.1, 0.1, 0.1], [0.1, 0.2, 0.3, 0.2, 0.1], monitor=TEXT, mode="max")
-    run_main(*words(file, tmp_path), "lightning.callbacks.alignment.params.max_drop=null")
-    watched = only_run(tmp_path / "logs")
+    watched = learn(file, tmp_path, "lightning.callbacks.alignment.params.max_drop=null")
     assert last_checkpoint(watched)["global_step"] == 4
     assert read_embeddings(watched / "checkpoints" / "embeddings_best.pt").info["step"] == 0
-    run_main(*words(file, tmp_path / "2"), "lightning.callbacks.alignment.params.max_drop=1.0",
-             "lightning.callbacks.alignment.params.every_n_train_steps=100")  # fmt: skip
-    assert torch.equal(vectors(watched)["*"], vectors(only_run(tmp_path / "2" / "logs"))["*"])
+    other = learn(file, tmp_path / "2", "lightning.callbacks.alignment.params.max_drop=1.0",
+                  "lightning.callbacks.alignment.params.every_n_train_steps=100")  # fmt: skip
+    assert torch.equal(vectors(watched)["*"], vectors(other)["*"])
 
 
 def test_a_resumed_run_remembers_the_initial_word(tmp_path: Path):
-    send = {"target": "tests.tiny_run.SignalAt", "params": {"step": 1, "name": "SIGINT"}}
-    file = config(tmp_path, [0.5, 0.49, 0.48], [0.1, 0.1, 0.1])
-    with pytest.raises(KeyboardInterrupt):
-        run_main(*words(file, tmp_path), f"+lightning.callbacks.send={send}")
-    run = only_run(tmp_path / "logs")
+    run = learn_until(1, config(tmp_path, [0.5, 0.49, 0.48], [0.1, 0.1, 0.1]), tmp_path)
     state = last_checkpoint(run)["callbacks"]["Alignment"]
     assert state == {"initial": pytest.approx(0.5), "measured_step": 2}
     fallen = "lightning.callbacks.alignment.params.judge.params.text=[0.2,0.2,0.2]"
@@ -113,5 +107,5 @@ def test_wrong_options_are_refused(tmp_path: Path):
         Alignment(prompts=["a red thing"])
     file = config(tmp_path, [0.5], [0.1])
     with pytest.raises(FileNotFoundError, match="ViT-B-32"):
-        run_main(*words(file, tmp_path), "lightning.callbacks.alignment.params.judge=ViT-B/32",
-                 f"+lightning.callbacks.alignment.params.weights={tmp_path / 'ViT-B-32.pt'}")  # fmt: skip
+        learn(file, tmp_path, "lightning.callbacks.alignment.params.judge=ViT-B/32",
+              f"+lightning.callbacks.alignment.params.weights={tmp_path / 'ViT-B-32.pt'}")  # fmt: skip

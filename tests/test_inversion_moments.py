@@ -18,9 +18,8 @@ from ldm.data.moments_cache import cache_moments, concepts_of, obstacle
 from ldm.data.personalized import PersonalizedBase
 from ldm.util import instantiate_from_config
 from tests.conftest import END_TO_END, assert_close
-from tests.tiny_inversion import inversion, losses, vectors, words
+from tests.tiny_inversion import inversion, learn, losses, vectors
 from tests.tiny_models import text_model, vq_stage
-from tests.tiny_run import only_run, run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = END_TO_END / "images"
@@ -42,9 +41,8 @@ class Watch(pl.Callback):
 
 def run(folder: Path, *more: Any, decodes: bool = False, **params: Any) -> Path:
     watch = {"target": "tests.test_inversion_moments.Watch", "params": {"decodes": decodes}}
-    run_main(*words(inversion(folder, **params), folder), f"lightning.callbacks.watch={watch}",
-             f"data.params.validation={VALIDATION}", "lightning.trainer.log_every_n_steps=1", *more)  # fmt: skip
-    return only_run(folder / "logs")
+    return learn(inversion(folder, **params), folder, f"lightning.callbacks.watch={watch}",
+                 f"data.params.validation={VALIDATION}", "lightning.trainer.log_every_n_steps=1", *more)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

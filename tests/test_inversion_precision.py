@@ -12,8 +12,8 @@ import torch
 
 from ldm.training_precision import LOSS_SCALE, HalfWeights
 from tests.conftest import assert_close
-from tests.tiny_inversion import inversion, losses, vectors, words
-from tests.tiny_run import only_run, run_main
+from tests.tiny_inversion import inversion, learn, losses, vectors
+from tests.tiny_run import only_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,9 +54,8 @@ class Types(pl.Callback):
 def run(folder: Path, *more: Any) -> Path:
     Types.seen = {}
     types = {"target": "tests.test_inversion_precision.Types", "params": {}}
-    run_main(*words(inversion(folder), folder), f"lightning.callbacks.types={types}",
-             "lightning.trainer.log_every_n_steps=1", *more)  # fmt: skip
-    return only_run(folder / "logs")
+    return learn(inversion(folder), folder, f"lightning.callbacks.types={types}",
+                 "lightning.trainer.log_every_n_steps=1", *more)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ def test_the_loss_is_scaled_in_float16_alone():
 
 def test_a_model_that_trains_is_not_kept_in_16_bits(tmp_path: Path):
     with pytest.raises(ValueError, match=r"precision 'bf16-true' .* use 'bf16-mixed'"):
-        run_main(*words(inversion(tmp_path, unfreeze_model=True), tmp_path), "--precision", "bf16-true")
+        learn(inversion(tmp_path, unfreeze_model=True), tmp_path, "--precision", "bf16-true")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +109,7 @@ def test_a_model_that_trains_is_not_kept_in_16_bits(tmp_path: Path):
 def test_an_inversion_that_cannot_learn_stops_after_its_first_step(tmp_path: Path, how: str, message: str):
     meddle = {"target": "tests.test_inversion_precision.Meddle", "params": {"how": how}}
     with pytest.raises(ValueError, match=message):
-        run_main(*words(inversion(tmp_path), tmp_path), f"lightning.callbacks.meddle={meddle}")
+        learn(inversion(tmp_path), tmp_path, f"lightning.callbacks.meddle={meddle}")
     saved = {path.name for path in only_run(tmp_path / "logs").glob("checkpoints/*")}
     assert saved <= {"embeddings_best.pt"}  # of the start
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ldm.generate import load_model
 from ldm.generate_words import load_words
-from tests.tiny_inversion import inversion, vectors, words
+from tests.tiny_inversion import inversion, learn, vectors, words
 from tests.tiny_models import TEXT_WEIGHTS
 from tests.tiny_run import assert_same_state, last_checkpoint, only_run, run_main
 
@@ -95,8 +95,7 @@ def test_either_stage_resumes_bit_by_bit(tuned: tuple[Path, str], tmp_path: Path
 
 def test_without_a_swap_both_train_from_the_start(tmp_path: Path):
     config = inversion(tmp_path, unfreeze_model=True, model_lr=1e-4)
-    run_main(*words(config, tmp_path), "--max_steps", 1)
-    run = only_run(tmp_path / "logs")
+    run = learn(config, tmp_path, "--max_steps", 1)
     before, after = load_file(TEXT_WEIGHTS), load_file(run / "checkpoints" / "model.safetensors")
     name = next(name for name in after if name.startswith(MODEL) and name.endswith("out.2.weight"))
     assert 0 < (after[name] - before[name]).abs().max() < 2e-4  # one step of AdamW at model_lr
@@ -107,4 +106,4 @@ def test_without_a_swap_both_train_from_the_start(tmp_path: Path):
 
 def test_swapping_needs_both_halves(tmp_path: Path):
     with pytest.raises(ValueError, match="unfreeze_model: true"):
-        run_main(*words(inversion(tmp_path), tmp_path), f"{SWAP}=3")
+        learn(inversion(tmp_path), tmp_path, f"{SWAP}=3")

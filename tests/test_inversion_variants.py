@@ -20,7 +20,7 @@ from ldm.util import check_params, get_obj_from_str, instantiate_from_config, to
 from tests.conftest import END_TO_END
 from tests.meta_models import without_files
 from tests.test_configs import targets
-from tests.tiny_inversion import inversion_config, losses, vectors, words
+from tests.tiny_inversion import inversion_config, learn, losses, vectors, words
 from tests.tiny_run import last_checkpoint, only_run, run_main, write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,8 +100,7 @@ def test_pictures_are_drawn_once(tmp_path: Path):
     made["lightning"]["callbacks"]["sample_grids"] = {"params": {"count": 1, "steps": 1}}
     made["data"]["params"]["validation"] = made["data"]["params"]["train"]
     made["model"]["params"]["monitor"] = "val/loss_simple"
-    run_main(*words(write_config(tmp_path / "base.yaml", made), tmp_path), "--max_steps", 1)
-    path = only_run(tmp_path / "logs")
+    path = learn(write_config(tmp_path / "base.yaml", made), tmp_path, "--max_steps", 1)
     assert {folder.name for folder in (path / "images").iterdir()} == {"contact_sheet.png", "samples"}
     assert [file.name for file in (path / "checkpoints").glob("*.ckpt")] == ["last.ckpt"]
 

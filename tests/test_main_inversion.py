@@ -15,7 +15,7 @@ import main
 from ldm.cli import BAD_INPUT, run_command
 from ldm.modules.embedding_io import EmbeddingFile, read_embeddings, write_embeddings
 from tests.conftest import END_TO_END
-from tests.tiny_inversion import inversion, words
+from tests.tiny_inversion import inversion, learn, learn_until
 from tests.tiny_models import TEXT_WEIGHTS
 from tests.tiny_run import assert_same_state, last_checkpoint, only_run, run_main
 
@@ -28,8 +28,7 @@ SIGINT_BEFORE = signal.getsignal(signal.SIGINT)  # ignored, where the tests run 
 def learned(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of an undisturbed inversion."""
     folder = tmp_path_factory.mktemp("learned")
-    run_main(*words(inversion(folder), folder))
-    return only_run(folder / "logs")
+    return learn(inversion(folder), folder)
 
 
 def test_what_an_inversion_saves(learned: Path):
@@ -53,10 +52,7 @@ def test_the_checkpoint_of_a_frozen_model_is_small(learned: Path):
 
 
 def test_an_interrupted_inversion_goes_on_bit_by_bit(learned: Path, tmp_path: Path):
-    send = {"target": "tests.tiny_run.SignalAt", "params": {"step": 2, "name": "SIGINT"}}
-    with pytest.raises(KeyboardInterrupt):
-        run_main(*words(inversion(tmp_path), tmp_path), f"+lightning.callbacks.send={send}")
-    run = only_run(tmp_path / "logs").rename(tmp_path / "moved")
+    run = learn_until(2, inversion(tmp_path), tmp_path).rename(tmp_path / "moved")
     assert last_checkpoint(run)["global_step"] == 3
     run_main("-r", run)
     assert_same_state(learned, run)
@@ -66,24 +62,22 @@ def test_an_interrupted_inversion_goes_on_bit_by_bit(learned: Path, tmp_path: Pa
 
 def test_flags_of_an_inversion(tmp_path: Path):
     learned_before = END_TO_END / "embeddings_1vec.pt"
-    run_main(
-        *words(inversion(tmp_path), tmp_path), "--placeholder_string", "<thing>", "--init_word", "photo",
+    run = learn(
+        inversion(tmp_path), tmp_path, "--placeholder_string", "<thing>", "--init_word", "photo",
         "--max_steps", 1, "--scale_lr", "false", "model.base_learning_rate=0.01", "-n", "named",
     )  # fmt: skip
-    run = only_run(tmp_path / "logs")
     file = read_embeddings(run / "checkpoints" / "embeddings.pt")
     assert list(file.vectors) == ["<thing>"]
     assert file.init_words == {"<thing>": "photo"}
-    run_main(*words(inversion(tmp_path), tmp_path / "2"), "--embedding_manager_ckpt", learned_before, "--max_steps", 1)
+    again = learn(inversion(tmp_path), tmp_path / "2", "--embedding_manager_ckpt", learned_before, "--max_steps", 1)
     start = read_embeddings(learned_before).vectors["*"]
-    after = read_embeddings(only_run(tmp_path / "2" / "logs") / "checkpoints" / "embeddings.pt").vectors["*"]
+    after = read_embeddings(again / "checkpoints" / "embeddings.pt").vectors["*"]
     assert 0 < float((after - start).abs().max()) < 0.05
 
 
 def test_unfrozen_model_saves_its_weights(tmp_path: Path):
     config = inversion(tmp_path, unfreeze_model=True, model_lr=1e-4)
-    run_main(*words(config, tmp_path), "--max_steps", 2, "lightning.callbacks.mode_swap_callback.params.swap_step=1")
-    run = only_run(tmp_path / "logs")
+    run = learn(config, tmp_path, "--max_steps", 2, "lightning.callbacks.mode_swap_callback.params.swap_step=1")
     state = last_checkpoint(run)["state_dict"]
     assert any(key.startswith("model.diffusion_model.") for key in state)
     rates = [group["lr"] for group in last_checkpoint(run)["optimizer_states"][0]["param_groups"]]
@@ -92,13 +86,11 @@ def test_unfrozen_model_saves_its_weights(tmp_path: Path):
 
 def test_captions_without_the_word_are_noticed(tmp_path: Path):
     with pytest.raises(ValueError, match=r"(?i)placeholder"):
-        run_main(
-            *words(inversion(tmp_path), tmp_path), "+data.params.train.params.templates=['a photo']",
-        )  # fmt: skip
+        learn(inversion(tmp_path), tmp_path, "+data.params.train.params.templates=['a photo']")
 
 
 def test_a_run_without_steps_says_so(learned: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    run_main(*words(inversion(tmp_path), tmp_path), "--max_steps", 0)
+    learn(inversion(tmp_path), tmp_path, "--max_steps", 0)
     assert "No step was trained: the run stands at step 0" in caplog.text
     caplog.clear()
     before = last_checkpoint(learned)["global_step"]
@@ -108,7 +100,7 @@ def test_a_run_without_steps_says_so(learned: Path, tmp_path: Path, caplog: pyte
 
 def test_an_unknown_initial_word(tmp_path: Path):
     with pytest.raises(ValueError, match="initial word 'zyzzyva'"):
-        run_main(*words(inversion(tmp_path), tmp_path), "--init_word", "zyzzyva")
+        learn(inversion(tmp_path), tmp_path, "--init_word", "zyzzyva")
 
 
 def test_five_pictures_one_of_them_broken(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -116,8 +108,7 @@ def test_five_pictures_one_of_them_broken(tmp_path: Path, caplog: pytest.LogCapt
     shutil.copytree(END_TO_END / "images", folder)
     (folder / "4.png").write_bytes((folder / "0.png").read_bytes()[:300])
     (folder / "a.heic").write_bytes(b"no picture")
-    _, config, *_ = words(inversion(tmp_path), tmp_path)
-    run_main("--base", config, "--data_root", folder, "-l", tmp_path / "logs", "--max_steps", 1)
+    run_main("--base", inversion(tmp_path), "--data_root", folder, "-l", tmp_path / "logs", "--max_steps", 1)
     (line,) = [line for line in caplog.text.splitlines() if "skipped" in line]
     assert "4.png (is truncated or damaged" in line
     assert "a.heic (is not an image that can be read (convert it to JPEG or PNG))" in line

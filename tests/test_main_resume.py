@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,9 @@ from tests.tiny_run import (
     write_config,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 7  # with 10 samples in batches of 4: two epochs and a bit
 STOP = "lightning.callbacks.stop"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The same order of summation in every process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def diffusion() -> dict[str, Any]:

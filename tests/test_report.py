@@ -20,8 +20,8 @@ from ldm.callbacks.report_page import curve, embed_images
 from ldm.modules.embedding_io import read_embeddings
 from scripts import txt2img
 from tests.conftest import END_TO_END
-from tests.tiny_inversion import inversion_config, vectors, words
-from tests.tiny_run import last_checkpoint, only_run, run_main, write_config
+from tests.tiny_inversion import inversion_config, learn, learn_until, vectors
+from tests.tiny_run import last_checkpoint, run_main, write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,8 +54,7 @@ def fixed_losses(run: Path) -> dict[int, float]:
 def run(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of an undisturbed inversion with everything switched on."""
     folder = tmp_path_factory.mktemp("report")
-    run_main(*words(config_file(folder), folder))
-    return only_run(folder / "logs")
+    return learn(config_file(folder), folder)
 
 
 def test_the_fixed_loss_changes_with_the_vectors_only(run: Path):
@@ -66,14 +65,13 @@ def test_the_fixed_loss_changes_with_the_vectors_only(run: Path):
 
 def test_the_fixed_loss_is_the_same_at_a_learning_rate_of_zero(tmp_path: Path):
     config = config_file(tmp_path, sample_grids={"disabled": True})
-    run_main(*words(config, tmp_path), "--max_steps", 2, "model.base_learning_rate=0.0")
-    assert len(set(fixed_losses(only_run(tmp_path / "logs")).values())) == 1
+    run = learn(config, tmp_path, "--max_steps", 2, "model.base_learning_rate=0.0")
+    assert len(set(fixed_losses(run).values())) == 1
 
 
 def test_looking_does_not_change_what_is_learned(run: Path, tmp_path: Path):
     off = {"disabled": True}
-    run_main(*words(config_file(tmp_path, fixed_validation=off, sample_grids=off), tmp_path))
-    unwatched = only_run(tmp_path / "logs")
+    unwatched = learn(config_file(tmp_path, fixed_validation=off, sample_grids=off), tmp_path)
     assert torch.equal(vectors(run)["*"], vectors(unwatched)["*"])
     assert not (unwatched / "checkpoints" / "embeddings_best.pt").exists()
 
@@ -86,10 +84,7 @@ def test_the_best_vectors_are_those_of_the_smallest_loss(run: Path):
 
 
 def test_a_resumed_run_chooses_as_an_undisturbed_one(run: Path, tmp_path: Path):
-    send = {"target": "tests.tiny_run.SignalAt", "params": {"step": 1, "name": "SIGINT"}}
-    with pytest.raises(KeyboardInterrupt):
-        run_main(*words(config_file(tmp_path), tmp_path), f"+lightning.callbacks.send={send}")
-    resumed = only_run(tmp_path / "logs")
+    resumed = learn_until(1, config_file(tmp_path), tmp_path)
     run_main("-r", resumed)
     assert fixed_losses(resumed) == fixed_losses(run)
     states = [last_checkpoint(r)["callbacks"]["FixedValidation"] for r in (run, resumed)]
@@ -100,8 +95,7 @@ def test_a_run_that_no_longer_improves_stops(tmp_path: Path):
     config = config_file(
         tmp_path, fixed_validation={"patience": 2, "min_delta": 100.0}, sample_grids={"disabled": True}
     )
-    run_main(*words(config, tmp_path))
-    run = only_run(tmp_path / "logs")
+    run = learn(config, tmp_path)
     assert last_checkpoint(run)["global_step"] == 2
     assert read_embeddings(run / "checkpoints" / "embeddings_best.pt").info["step"] == 0
 
@@ -113,7 +107,7 @@ def test_an_unknown_metric_is_named(tmp_path: Path):
     )
     config = config_file(tmp_path, fixed_validation={"monitor": "val/los"}, sample_grids={"disabled": True})
     with pytest.raises(ValueError, match=r"'val/los'.*val/loss_fixed.*val/loss_simple"):
-        run_main(*words(config, tmp_path), f"data.params.validation={validation}", "--val_check_interval", 2)
+        learn(config, tmp_path, f"data.params.validation={validation}", "--val_check_interval", 2)
 
 
 def test_sample_grids_by_step(run: Path):
@@ -160,8 +154,7 @@ def test_the_command_of_the_report_runs(run: Path, tmp_path: Path):
 def test_text_in_the_report_is_escaped(tmp_path: Path):
     config = config_file(tmp_path, sample_grids={"disabled": True})
     evil = "<script>alert(1)</script>"
-    run_main(*words(config, tmp_path), "--placeholder_string", evil, "--max_steps", 1)
-    text = report_of(only_run(tmp_path / "logs"))
+    text = report_of(learn(config, tmp_path, "--placeholder_string", evil, "--max_steps", 1))
     assert "<script" not in text
     assert "&lt;script&gt;" in text
 

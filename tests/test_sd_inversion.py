@@ -12,14 +12,14 @@ import yaml
 from ldm.convert import convert
 from ldm.generate import load_model
 from ldm.generate_words import load_words
-from tests.tiny_inversion import inversion_config, vectors, words
-from tests.tiny_run import only_run, run_main, write_config
+from tests.tiny_inversion import inversion_config, learn, vectors
+from tests.tiny_run import write_config
 from tests.tiny_sd import sd_config, write_sd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def learn(folder: Path, model: dict[str, Any], weights: Path, *more: Any) -> Path:
+def learn_on(folder: Path, model: dict[str, Any], weights: Path, *more: Any) -> Path:
     """Run two steps; returns the run directory."""
     config = inversion_config()
     manager = config["model"]["params"]["personalization_config"]
@@ -30,8 +30,7 @@ def learn(folder: Path, model: dict[str, Any], weights: Path, *more: Any) -> Pat
     watching = ("sample_grids", "fixed_validation")
     config["lightning"]["callbacks"] |= {name: {"params": {"disabled": True}} for name in watching}
     path = write_config(folder / "config.yaml", config)
-    run_main(*words(path, folder), "--actual_resume", weights, "--init_word", "cat", *more)
-    return only_run(folder / "logs")
+    return learn(path, folder, "--actual_resume", weights, "--init_word", "cat", *more)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +41,7 @@ def test_a_folder_teaches_the_same_word_as_a_file(tmp_path: Path, kind: str, par
     (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": model}))
     file = write_sd(tmp_path / "model.ckpt", kind)
     folder = convert(file, tmp_path / "diffusers", config=tmp_path / "model.yaml")
-    from_file, from_folder = (learn(tmp_path / p.name.replace(".", "-"), model, p) for p in (file, folder))
+    from_file, from_folder = (learn_on(tmp_path / p.name.replace(".", "-"), model, p) for p in (file, folder))
     learned = vectors(from_folder)["*"]
     assert torch.equal(learned, vectors(from_file)["*"])
     pictures = load_model(folder, device="cpu")

@@ -6,12 +6,13 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from ldm.modules.embedding_io import read_embeddings
 from tests.conftest import END_TO_END
 from tests.tiny_models import TEXT_WEIGHTS, text_config
-from tests.tiny_run import write_config
+from tests.tiny_run import only_run, run_main, write_config
 
 STEPS = 5
 
@@ -46,6 +47,20 @@ def inversion(folder: Path, **params: Any) -> Path:
 def words(config: Path, folder: Path) -> list[Any]:
     """Command line that learns from the reference pictures, with runs in `folder`/logs."""
     return ["--base", config, "--data_root", END_TO_END / "images", "-l", folder / "logs"]
+
+
+def learn(config: Path, folder: Path, *more: Any) -> Path:
+    """Learn from the reference pictures by main.py in this process; returns the run directory."""
+    run_main(*words(config, folder), *more)
+    return only_run(folder / "logs")
+
+
+def learn_until(step: int, config: Path, folder: Path) -> Path:
+    """The same with Ctrl-C in the middle of the step from `step` to `step` + 1."""
+    send = {"target": "tests.tiny_run.SignalAt", "params": {"step": step, "name": "SIGINT"}}
+    with pytest.raises(KeyboardInterrupt):
+        run_main(*words(config, folder), f"+lightning.callbacks.send={send}")
+    return only_run(folder / "logs")
 
 
 def losses(run: Path) -> list[float]:
