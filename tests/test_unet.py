@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.modules.diffusionmodules import openaimodel
+from ldm.modules.diffusionmodules import openaimodel, util
 from ldm.modules.diffusionmodules.openaimodel import (
     AttentionBlock,
     AttentionPool2d,
@@ -198,6 +198,36 @@ def test_head_rules_of_transformers(options, heads, inner):
     attention = build(**{**TEXT, **options}).middle_block[1].transformer_blocks[0].attn1
     assert attention.heads == heads
     assert attention.to_q.weight.shape == (inner, inner)
+
+
+@pytest.mark.parametrize("options", [{"padding": 1}, {"padding": 1, "stride": 2}, {"padding": (0, 2)}, {"bias": False}])
+def test_convolutions_of_few_pixels_equal_those_of_many(monkeypatch, options):
+    conv = conv_nd(2, 6, 8, 3, **options).requires_grad_(False)
+    x = torch.randn(3, 6, 5, 8, requires_grad=True)
+    expected = nn.Conv2d.forward(conv, x)
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    monkeypatch.setattr(util, "MANY_WEIGHTS", 0)
+    monkeypatch.setattr(util, "CHANNELS_PER_PIXEL", 0)
+    monkeypatch.setattr(nn.Conv2d, "forward", None)  # is not what answers
+    actual = conv(x)
+    (gradient,) = torch.autograd.grad(actual.square().sum(), x)
+    assert actual.is_contiguous()
+    assert_close(actual, expected, 1e-6)
+    assert_close(gradient, expected_gradient, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"groups": 2}, {"dilation": 2}, {"padding_mode": "circular"}, {"padding": "same"}]
+)
+def test_other_convolutions_are_those_of_the_library(monkeypatch, options):
+    monkeypatch.setattr(util, "MANY_WEIGHTS", 0)
+    monkeypatch.setattr(util, "CHANNELS_PER_PIXEL", 0)
+    conv = conv_nd(2, 6, 8, 3, **options).requires_grad_(not options)  # weights that train, or an unusual option
+    x = torch.randn(1, 6, 8, 8)
+    assert_close(conv(x), nn.Conv2d.forward(conv, x), 1e-6)
+    if not options:
+        conv(x).sum().backward()
+        assert conv.weight.grad is not None
 
 
 def test_takes_any_size_that_the_levels_divide():
