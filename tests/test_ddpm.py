@@ -276,6 +276,19 @@ def test_velocity_model_is_the_same_model_read_differently():
     assert_close(schedule.predict_noise_from_v(model, x_t, t, v), noise, 1e-4)
 
 
+def test_timestep_shift_draws_noisier_steps_in_training_only():
+    model = tiny_model(ckpt_path=None, timestep_shift=3.0)
+    quantiles = torch.tensor([0.1, 0.5, 0.9])
+    torch.manual_seed(0)
+    drawn = model.train().draw_timesteps(20_000)
+    assert_close(drawn.float().quantile(quantiles), 1000 * 3 * quantiles / (1 + 2 * quantiles), 0.02)
+    assert drawn.dtype == torch.int64
+    assert drawn.max() < 1000
+    assert_close(model.eval().draw_timesteps(20_000).float().quantile(quantiles), 1000 * quantiles, 0.02)
+    with pytest.raises(ValueError, match="timestep_shift must be positive .*, got 0"):
+        tiny_model(timestep_shift=0)
+
+
 def test_config_mistakes_are_named():
     with pytest.raises(ConfigError, match="'chanels' is not a parameter.*did you mean 'channels'"):
         tiny_model(chanels=4)

@@ -37,6 +37,7 @@ class DDPM(pl.LightningModule):
     | `parameterization` | what the network predicts: "eps", "x0" or "v" |
     | `loss_type`, `l_simple_weight`, `original_elbo_weight`, `v_posterior` | "l1" or "l2", weights of the two terms, posterior variance mix |
     | `min_snr_gamma` | weight time steps by min-SNR-gamma; None: all alike |
+    | `timestep_shift` | above 1: noisier time steps are drawn more often in training, where text decides about shapes |
     | `learn_logvar`, `logvar_init` | learned or constant log variance per time step |
     | `use_ema`, `ema_decay` | keep an exponential moving average of the network |
     | `ckpt_path`, `ignore_keys`, `load_only_unet` | weights to start from, key prefixes to skip |
@@ -80,6 +81,7 @@ class DDPM(pl.LightningModule):
         v_posterior: float = 0.0,
         l_simple_weight: float = 1.0,
         min_snr_gamma: float | None = None,
+        timestep_shift: float = 1.0,
         conditioning_key: str | None = None,
         parameterization: str = "eps",
         scheduler_config: Any = None,
@@ -90,7 +92,10 @@ class DDPM(pl.LightningModule):
         super().__init__()
         if parameterization not in schedule.PARAMETERIZATIONS:
             raise ValueError(f"parameterization '{parameterization}' is none of {schedule.PARAMETERIZATIONS}")
+        if timestep_shift <= 0:
+            raise ValueError(f"timestep_shift must be positive (1: uniform time steps), got {timestep_shift}")
         self.parameterization = parameterization
+        self.timestep_shift = timestep_shift
         self.loss_type = loss_type
         self.monitor = monitor
         self.first_stage_key = first_stage_key
@@ -261,8 +266,19 @@ class DDPM(pl.LightningModule):
         return self.draw(torch.randn, like.shape).to(like)
 
     def draw_timesteps(self, batch_size: int) -> Tensor:
-        """Uniform time steps, int64 (B,)."""
-        return self.draw(lambda shape: torch.randint(self.num_timesteps, shape), (batch_size,)).to(self.device)
+        """Time steps, int64 (B,): uniform, in training shifted by `timestep_shift` s.
+
+        A uniform u in [0, 1) becomes s u / (1 + (s - 1) u) (Esser et al. 2024, equation 23).
+        """
+        steps, shift = self.num_timesteps, self.timestep_shift if self.training else 1.0
+
+        def sampler(shape: Sequence[int]) -> Tensor:
+            if shift == 1:
+                return torch.randint(steps, shape)
+            u = torch.rand(shape)
+            return (steps * shift * u / (1 + (shift - 1) * u)).long().clamp(max=steps - 1)
+
+        return self.draw(sampler, (batch_size,)).to(self.device)
 
     def get_input(self, batch: Mapping[str, Any], key: str) -> Tensor:
         """Pictures of the batch as (B, C, H, W) float32, from (B, H, W, C) or (B, H, W)."""
