@@ -18,6 +18,7 @@ from ldm.modules.attention import (
     SpatialTransformer,
     cached_context,
 )
+from ldm.modules.diffusionmodules.util import Attention16, attend
 from tests.conftest import assert_close
 
 GOLDEN_BLOCKS = {
@@ -98,6 +99,25 @@ def test_cross_attention_is_attention(batch, queries, keys, heads, dim_head, mas
         torch.autograd.grad(ours, inputs, weights), torch.autograd.grad(expected, inputs, weights), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1024, 96])
+def test_gradients_in_16_bits_are_exact_to_16_bits(monkeypatch, rows):
+    monkeypatch.setattr(Attention16, "ROWS", rows)
+    generator = torch.Generator().manual_seed(0)
+    # Heads are beside the channels in memory, as the projections give them.
+    q, k, v, grad = (torch.randn(2, n, 3, 24, generator=generator).bfloat16() for n in (200, 160, 160, 200))
+
+    def gradients(attention, dtype):
+        parts = [t.to(dtype).transpose(1, 2).requires_grad_() for t in (q, k, v)]
+        out = attention(*parts)
+        return [out.detach(), *torch.autograd.grad(out, parts, grad.to(dtype).transpose(1, 2))]
+
+    expected = gradients(nn.functional.scaled_dot_product_attention, torch.float32)
+    for wanted, found in zip(expected, gradients(attend, torch.bfloat16), strict=True):
+        assert found.dtype == torch.bfloat16
+        assert found.shape == wanted.shape
+        assert (found - wanted).norm() < 1e-2 * wanted.norm()
 
 
 def test_masked_positions_have_no_influence():
