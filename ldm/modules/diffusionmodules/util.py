@@ -160,7 +160,8 @@ class TokenProjection(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (B, N, C_in) to (B, N, C_out)."""
-        return F.linear(input, self.weight.flatten(1), self.bias)
+        # Tokens of a feature map are a transposed view, for which linear layers would copy the weights for each sample.
+        return F.linear(input.contiguous(), self.weight.flatten(1), self.bias)
 
 
 def normalization(channels: int, eps: float = 1e-5) -> GroupNorm32:
