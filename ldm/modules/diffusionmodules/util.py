@@ -69,8 +69,8 @@ def _suits_16_bits(q: Tensor, k: Tensor, v: Tensor) -> bool:
 class Attention16(torch.autograd.Function):
     """Attention in bfloat16 on a CPU, with a backward pass of products in 16 bits.
 
-    The fused one computes at float32's rate and takes nearly twice as long. Here blocks of weights are computed again as
-    p = exp(q k - logsumexp), and from them, with g for the gradient of the result o, the gradient of the scores as
+    The fused one computes at float32's rate and takes nearly twice as long. Here blocks of weights are computed again
+    as p = exp(q k - logsumexp), and from them, with g for the gradient of the result o, the gradient of the scores as
     p (g v - g o), as Dao et al. (2022) derive it. Memory is linear in the number of tokens.
     """
 
