@@ -81,10 +81,12 @@ def test_a_compiled_network_has_the_same_names(model: Any, monkeypatch: pytest.M
         speed.compile_network(torch.nn.Linear(1, 1))
 
 
-def test_only_passes_with_gradients_are_compiled(model: Any, monkeypatch: pytest.MonkeyPatch):
+def test_only_passes_with_gradients_of_one_shape_are_compiled(model: Any, monkeypatch: pytest.MonkeyPatch):
     calls: list[bool] = []
 
-    def compile_it(forward: Any) -> Any:
+    def compile_it(forward: Any, dynamic: bool) -> Any:
+        assert not dynamic
+
         def compiled(*args: Any, **kwargs: Any) -> Any:
             calls.append(torch.is_grad_enabled())
             return forward(*args, **kwargs)
@@ -102,6 +104,8 @@ def test_only_passes_with_gradients_are_compiled(model: Any, monkeypatch: pytest
         assert torch.equal(network(x, t, context=context), plain)
     assert calls == []
     assert_close(network(x, t, context=context), plain)
+    assert calls == [True]
+    assert_close(network(x[:1], t[:1], context=context[:1]), plain[:1])  # an epoch's last batch
     assert calls == [True]
 
 
