@@ -82,7 +82,8 @@ def caption_gap(model: Any, sprites: Sprites, count: int = 256, seed: int = 7, b
     """Diffusion loss on the same `count` pictures, noise and time steps, with captions ever less true.
 
     The time steps are spread evenly. Words about the object count only where the loss with the right caption is
-    clearly below that with the background's words alone, and with another object's name.
+    clearly below that with the background's words alone, and with another object's name; the last figures say by how
+    much at which time steps.
     """
     pictures = compose(sprites, count, seed, grammar=TOLD)
     generator = torch.Generator().manual_seed(seed)
@@ -100,7 +101,15 @@ def caption_gap(model: Any, sprites: Sprites, count: int = 256, seed: int = 7, b
             texts = [change(pictures, i) for i in range(rows.start, rows.stop)]
             output = model.apply_model(noisy, t, model.get_learned_conditioning(texts))
             losses[kind] += (output - target).square().mean((1, 2, 3)).tolist()
-    return [figure(f"loss with {kind}", values, pictures.names) for kind, values in losses.items()]
+    figures = [figure(f"loss with {kind}", values, pictures.names) for kind, values in losses.items()]
+    more = np.array(losses[ANOTHER]) - np.array(losses[RIGHT])  # (N,)
+    fifth = -(-model.num_timesteps // 5)
+    for first in range(0, model.num_timesteps, fifth):
+        rows = np.flatnonzero(times.numpy() // fifth == first // fifth)
+        name = f"more loss with {ANOTHER}, time steps from {first}"
+        if len(rows):
+            figures.append(figure(name, more[rows].tolist(), [pictures.names[i] for i in rows]))
+    return figures
 
 
 def _words_of_background(pictures: Pictures, i: int) -> str:
@@ -112,10 +121,11 @@ def _another_object(pictures: Pictures, i: int) -> str:
     return swap_object(pictures.captions[i], pictures.names[i], other)
 
 
+RIGHT, ANOTHER = "the right caption", "another object's name"
 CAPTIONS: dict[str, Callable[[Pictures, int], str]] = {
-    "the right caption": lambda pictures, i: pictures.captions[i],
+    RIGHT: lambda pictures, i: pictures.captions[i],
     "the background's words alone": _words_of_background,
-    "another object's name": _another_object,
+    ANOTHER: _another_object,
     "no caption": lambda pictures, i: "",
     "the caption of another picture": lambda pictures, i: pictures.captions[i - 1],
 }

@@ -96,9 +96,11 @@ class Reader:
 def test_gap_compares_captions_on_the_same_noise(sprites: Sprites):
     captions = compose(sprites, 10, 7, grammar=TOLD).captions
     losses = {f.name: f.mean for f in caption_gap(Reader(captions), sprites, count=10, batch=4)}
-    right, background, other, none, wrong = losses.values()
+    right, background, other, none, wrong, *by_time = losses.values()
     assert right == 0 < other < background < none < wrong * 4
     assert wrong > other
+    assert len(by_time) == 5  # of two pictures each
+    assert sum(by_time) / 5 == pytest.approx(other)
 
 
 def test_command_on_the_tiny_model(sprites: Sprites, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -116,6 +118,6 @@ def test_command_on_the_tiny_model(sprites: Sprites, tmp_path: Path, capsys: pyt
     ]  # fmt: skip
     load("evaluate_generator").main([str(word) for word in words])
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
-    assert len(figures) == len(CAPTIONS) + 6
+    assert len(figures) == len(CAPTIONS) + 4 + 6  # four pictures at four of the five ranges of time steps
     assert (tmp_path / "out" / "grid.png").is_file()
     assert "loss with the right caption" in capsys.readouterr().out
