@@ -105,10 +105,10 @@ def caption_gap(model: Any, sprites: Sprites, count: int = 256, seed: int = 7, b
     more = np.array(losses[ANOTHER]) - np.array(losses[RIGHT])  # (N,)
     fifth = -(-model.num_timesteps // 5)
     for first in range(0, model.num_timesteps, fifth):
-        rows = np.flatnonzero(times.numpy() // fifth == first // fifth)
+        there = np.flatnonzero(times.numpy() // fifth == first // fifth)
         name = f"more loss with {ANOTHER}, time steps from {first}"
-        if len(rows):
-            figures.append(figure(name, more[rows].tolist(), [pictures.names[i] for i in rows]))
+        if len(there):
+            figures.append(figure(name, more[there].tolist(), [pictures.names[i] for i in there]))
     return figures
 
 
