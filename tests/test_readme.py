@@ -55,6 +55,9 @@ def check_python(words: list[str]) -> None:
     if words[1] == "-m":
         assert words[2] in {"pytest", "venv", "pip"}, f"what is python -m {words[2]}?"
         return
+    if words[1] == "-c":
+        compile(words[2], "a documented program", "exec")
+        return
     assert (ROOT / words[1]).is_file(), f"there is no {words[1]}"
     module = command(words[1])
     parse = getattr(module, "parse_args", None) or module.build_parser().parse_args
