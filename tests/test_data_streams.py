@@ -273,6 +273,23 @@ def test_latents_round_trip(tmp_path: Path) -> None:
     assert dropped[0]["caption"] == ""
 
 
+def test_folders_of_latents_follow_one_another(tmp_path: Path) -> None:
+    for name, rows in (("a", 2), ("b", 3)):
+        with LatentWriter(tmp_path / name, rows, (2, 1, 1), dtype="float32") as writer:
+            writer.add(torch.arange(rows * 2.0).reshape(rows, 2, 1, 1), [f"{name}{i}" for i in range(rows)])
+    both = PrecomputedLatents([tmp_path / "a", tmp_path / "b"])
+    assert [item["caption"] for item in both] == ["a0", "a1", "b0", "b1", "b2"]
+    assert both[4]["moments"][0] == 4.0
+    with pytest.raises(IndexError, match="item 5 of 5"):
+        both[5]
+    with pytest.raises(ValueError, match="no folder"):
+        PrecomputedLatents([])
+    with LatentWriter(tmp_path / "c", 1, (2, 1, 1), context_shape=(1,)) as writer:
+        writer.add(torch.zeros(1, 2, 1, 1), [""], torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="context"):
+        PrecomputedLatents([tmp_path / "a", tmp_path / "c"])
+
+
 def test_unfinished_latents_are_refused(tmp_path: Path) -> None:
     def write(count: int, rows: int, stop: bool = False) -> None:
         with LatentWriter(tmp_path, count, (2, 1, 1), dtype="float32") as writer:

@@ -118,6 +118,8 @@ class Grammar:
     p_pattern: float = 0.06
     p_gradient: float = 0.12
     p_no_background_words: float = 0.08
+    p_flip: float = 0.5  # mirrored drawings; the caption does not say so
+    tilt: float = 4.0  # standard deviation in degrees
 
     def draw(self, sprites: Sprites, rng: np.random.Generator, by_name: Mapping[str, Sequence[int]]) -> Scene:
         """Draw a sentence; objects are uniform over names, then over their drawings."""
@@ -131,8 +133,8 @@ class Grammar:
         background, words = self._background(rng)
         placed, subject = self._subject(sprites, rng, by_name, row, name, tint)
         caption = " ".join(part for part in (phrase, subject, words) if part)
-        return Scene(placed, caption, background, tint, bool(rng.random() < 0.5), float(rng.normal(0, 4)),
-                     int(rng.integers(2**31)))  # fmt: skip
+        return Scene(placed, caption, background, tint, bool(rng.random() < self.p_flip),
+                     float(rng.normal(0, self.tilt)), int(rng.integers(2**31)))  # fmt: skip
 
     def _subject(
         self, sprites: Sprites, rng: np.random.Generator, by_name: Mapping[str, Sequence[int]], row: int, name: str,
