@@ -130,6 +130,21 @@ def test_a_finished_run_can_be_made_longer(first_part: list[Any], unbroken: Call
     assert_same_state(unbroken("diffusion"), run)
 
 
+def test_a_new_learning_rate_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Here with a schedule: its factor of the step stays, the rate that it multiplies is the new one."""
+    caplog.set_level("INFO")
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        run_main("--base", stop_before("diffusion", 5, tmp_path), "-t", "-l", tmp_path / "logs")
+    run = only_run(tmp_path / "logs")
+    before = last_checkpoint(run)["optimizer_states"][0]["param_groups"][0]
+    rate = before["initial_lr"] / 4
+    run_main("-r", run, f"{STOP}.params.batch=-1", f"model.base_learning_rate={rate}", "--scale_lr", "false")
+    assert f"{rate:.3g} from now on" in caplog.text
+    state = last_checkpoint(run)
+    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(rate)  # past the warm-up
+    assert state["lr_schedulers"][0]["base_lrs"] == [rate]
+
+
 def test_ctrl_c_saves_and_stops(unbroken: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture):
     config = CONFIGS["diffusion"]()
     del config["lightning"]["modelcheckpoint"]

@@ -8,11 +8,12 @@ from ldm.callbacks.report import RunReport
 from ldm.callbacks.samples import SampleGrids
 from ldm.callbacks.saving import EmbeddingCheckpoint, LastCheckpoint, RunStopped, SafeCheckpointIO
 from ldm.callbacks.setup import ContactSheet, CUDACallback, ProgressBar, SetupCallback
-from ldm.callbacks.steps import GradientGuard, ModeSwapCallback, StepSeed
+from ldm.callbacks.steps import ConfiguredRate, GradientGuard, ModeSwapCallback, StepSeed
 from ldm.callbacks.validation import FixedValidation
 from ldm.callbacks.weights import ModelWeights
 
 __all__ = [
+    "ConfiguredRate",
     "ContactSheet",
     "CUDACallback",
     "EmbeddingCheckpoint",

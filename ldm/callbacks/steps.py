@@ -1,7 +1,8 @@
-"""What surrounds a single training step: seeding, the two stages of pivotal tuning, checks of an inversion."""
+"""What surrounds a training step: seeding, learning rates, the two stages of pivotal tuning, checks of an inversion."""
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from ldm.data.moments_cache import concepts_of
 from ldm.data.seeding import derive_seed
+
+log = logging.getLogger(__name__)
 
 TRAINING, VALIDATION = 1, 2
 
@@ -53,6 +56,47 @@ class StepSeed(pl.Callback):
         """Seed the batch."""
         del trainer, pl_module, batch
         seed_everywhere(self.seed, batch_idx, dataloader_idx, VALIDATION)
+
+
+class ConfiguredRate(pl.Callback):
+    """Gives a resumed run the learning rates of its config, where they differ from those of the checkpoint.
+
+    A checkpoint brings its optimiser's rates along, so that a rate given with `-r` would be announced and not used.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates: list[list[float]] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the rates of the fresh optimisers, which are filled from the checkpoint next."""
+        del pl_module
+        self.rates = [[_initial_rate(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put them in, with the schedule's factor kept."""
+        del pl_module
+        for optimizer, rates in zip(trainer.optimizers, self.rates, strict=True):
+            found = [_initial_rate(group) for group in optimizer.param_groups]
+            if found == rates:
+                continue
+            log.info("Learning rate %s in the checkpoint, %s from now on", _join(found), _join(rates))
+            for group, before, rate in zip(optimizer.param_groups, found, rates, strict=True):
+                group["lr"] = group["lr"] * rate / before if before else rate
+                if "initial_lr" in group:
+                    group["initial_lr"] = rate
+            for config in trainer.lr_scheduler_configs:
+                if config.scheduler.optimizer is optimizer and hasattr(config.scheduler, "base_lrs"):
+                    config.scheduler.base_lrs = list(rates)
+
+
+def _initial_rate(group: dict[str, Any]) -> float:
+    """Learning rate of an optimiser's group before any schedule."""
+    return group.get("initial_lr", group["lr"])
+
+
+def _join(rates: list[float]) -> str:
+    return " and ".join(f"{rate:.3g}" for rate in rates)
 
 
 class ModeSwapCallback(pl.Callback):

@@ -120,6 +120,8 @@ class Grammar:
     p_no_background_words: float = 0.08
     p_flip: float = 0.5  # mirrored drawings; the caption does not say so
     tilt: float = 4.0  # standard deviation in degrees
+    jitter: float = 0.02  # of the centre where no word says the place: standard deviation, share of the picture's width
+    size_spread: float = 1.0  # share of the ranges of SIZES that is used, around their middle
 
     def draw(self, sprites: Sprites, rng: np.random.Generator, by_name: Mapping[str, Sequence[int]]) -> Scene:
         """Draw a sentence; objects are uniform over names, then over their drawings."""
@@ -161,8 +163,10 @@ class Grammar:
             size_word = "small"
         elif draw < self.p_small + self.p_large:
             size_word = "large"
-        size = float(rng.uniform(*SIZES[size_word]))
-        x, y = (float(v) for v in rng.normal(0.5, 0.02, 2))
+        smallest, largest = SIZES[size_word]
+        margin = (largest - smallest) * (1 - self.size_spread) / 2
+        size = float(rng.uniform(smallest + margin, largest - margin))
+        x, y = (float(v) for v in rng.normal(0.5, self.jitter, 2))
         place = ""
         if rng.random() < self.p_place and size_word != "large":
             place = list(PLACES)[rng.integers(len(PLACES))]
