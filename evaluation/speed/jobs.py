@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -96,9 +97,13 @@ class Ours:
         self.model.eval()
         self.inputs = make_inputs(setup, self.model)
         self.moments = torch.cat([self.inputs.latent, torch.full_like(self.inputs.latent, -4.0)], dim=1)
-        self.optimizer = self.model.configure_optimizers()
         with torch.no_grad():
             self.context = self.model.get_learned_conditioning(self.inputs.captions)
+
+    @functools.cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the vectors."""
+        return self.model.configure_optimizers()
 
     def only_for(self, job: str) -> None:
         """Let go of what a run that does nothing but `job` would not hold either."""
