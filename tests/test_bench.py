@@ -100,7 +100,6 @@ def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not plot_growth({}, tmp_path / "none.png")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")
 def test_convergence_is_that_of_the_shipped_weights(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(session, "CONVERGENCE", (("dpm", 12), ("ddim", 2), ("dpm", 8)))
     found = session.convergence_cell(Setup("emoji"))["convergence"]
@@ -108,6 +107,7 @@ def test_convergence_is_that_of_the_shipped_weights(monkeypatch: pytest.MonkeyPa
     assert found["dpm20_db"] > found["ddim50_db"] + 3  # of which only the first has steps enough here
 
 
+@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")
 def test_diffusers_computes_the_same(tmp_path: Path):
     cells = run_bench(tmp_path, "--only", "sd1/float32/*", "--against", "diffusers", "--no-memory")["cells"]
     for job in ("unet_forward", "encode", "decode", "text"):
