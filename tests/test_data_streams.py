@@ -280,7 +280,7 @@ def test_folders_of_latents_follow_one_another(tmp_path: Path) -> None:
     both = PrecomputedLatents([tmp_path / "a", tmp_path / "b"])
     assert [item["caption"] for item in both] == ["a0", "a1", "b0", "b1", "b2"]
     assert both[4]["moments"][0] == 4.0
-    with pytest.raises(IndexError, match="item 5 of 5"):
+    with pytest.raises(IndexError):
         both[5]
     with pytest.raises(ValueError, match="no folder"):
         PrecomputedLatents([])

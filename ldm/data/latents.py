@@ -7,8 +7,6 @@ embeddings; and `info.json`, written last, without which the folder is unfinishe
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from ldm.data.folder import check_probability, drop_caption
 
@@ -94,7 +92,7 @@ class LatentWriter:
         (self.folder / INFO).write_text(json.dumps(info) + "\n", encoding="utf-8")
 
 
-class PrecomputedLatents(Dataset):
+class PrecomputedLatents(ConcatDataset):
     """Items are `moments` (2C, h, w) float32, `caption`, and `context` float32 where the folder has it.
 
     Several folders (a list as `data_root`) follow one another as one data set. Version and caption are drawn at random
@@ -105,38 +103,19 @@ class PrecomputedLatents(Dataset):
         roots = [data_root] if isinstance(data_root, (str, Path)) else list(data_root)
         if not roots:
             raise ValueError("data_root names no folder of latents")
-        self.caption_dropout = check_probability("caption_dropout", caption_dropout)
-        self.folders = [_LatentFolder(Path(root)) for root in roots]
-        self.ends = list(itertools.accumulate(len(folder.captions) for folder in self.folders))
-        if len({folder.has_context for folder in self.folders}) > 1:
+        check_probability("caption_dropout", caption_dropout)
+        folders = [_LatentFolder(Path(root), caption_dropout) for root in roots]
+        if len({folder.has_context for folder in folders}) > 1:
             raise ValueError(f"of the folders {', '.join(map(str, roots))} some have {CONTEXT}, some have not")
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"item {i} of {len(self)}")
-        number = bisect.bisect_right(self.ends, i)
-        folder, i = self.folders[number], i - (self.ends[number - 1] if number else 0)
-        versions = folder.array(MOMENTS)[i]
-        version = np.random.randint(len(versions)) if len(versions) > 1 else 0
-        texts = folder.captions[i]
-        text = texts[np.random.randint(len(texts))] if len(texts) > 1 else texts[0]
-        item: dict[str, Any] = {
-            "moments": versions[version].astype(np.float32),
-            "caption": drop_caption(text, self.caption_dropout),
-        }
-        if folder.has_context:
-            item["context"] = folder.array(CONTEXT)[i].astype(np.float32)
-        return item
+        super().__init__(folders)
 
 
-class _LatentFolder:
+class _LatentFolder(Dataset):
     """One finished folder; its arrays are mapped, not read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, caption_dropout: float) -> None:
         self.folder = folder
+        self.caption_dropout = caption_dropout
         if not (folder / INFO).is_file():
             raise FileNotFoundError(
                 f"{folder} has no {INFO}, so it is no finished folder of latents; write it with LatentWriter"
@@ -146,15 +125,30 @@ class _LatentFolder:
         self.captions: list[list[str]] = [json.loads(line) for line in lines]
         self.has_context = bool(info["context"])
         self._open: dict[str, np.ndarray] = {}
-        counts = {info["samples"], len(self.captions), len(self.array(MOMENTS))}
+        counts = {info["samples"], len(self.captions), len(self._array(MOMENTS))}
         if len(counts) > 1:
             raise ValueError(f"{folder}: {MOMENTS}, {CAPTIONS} and {INFO} disagree on the number of samples")
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        versions = self._array(MOMENTS)[i]
+        version = np.random.randint(len(versions)) if len(versions) > 1 else 0
+        texts = self.captions[i]
+        text = texts[np.random.randint(len(texts))] if len(texts) > 1 else texts[0]
+        item: dict[str, Any] = {
+            "moments": versions[version].astype(np.float32),
+            "caption": drop_caption(text, self.caption_dropout),
+        }
+        if self.has_context:
+            item["context"] = self._array(CONTEXT)[i].astype(np.float32)
+        return item
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # a worker maps the file itself, instead of receiving a copy of it
 
-    def array(self, name: str) -> np.ndarray:
-        """Return the array of the file `name`."""
+    def _array(self, name: str) -> np.ndarray:
         if name not in self._open:
             self._open[name] = np.load(self.folder / name, mmap_mode="r")
         return self._open[name]
