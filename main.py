@@ -116,7 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("-t", "--train", type=boolean, nargs="?", const=True, metavar="BOOL",
         help="train (default: false, unless the config says `train: true`)")  # fmt: skip
     add("--no-test", type=boolean, nargs="?", const=True, default=False, metavar="BOOL", help="skip the test set")
-    add("-r", "--resume", metavar="DIR|FILE", help="go on with this run directory or checkpoint")
+    add("-r", "--resume", metavar="DIR|FILE",
+        help="go on with this run directory or checkpoint; settings given along replace its own")  # fmt: skip
     add("-n", "--name", default="", help="name of the run directory (default: that of the config)")
     add("-f", "--postfix", default="", help="added to the name of the run directory")
     add("-l", "--logdir", default="logs", help="where run directories are made (default: logs)")
