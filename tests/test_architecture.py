@@ -21,6 +21,7 @@ FLOORS: list[set[str]] = [
     {"ldm.util", "ldm.protocols", "ldm.cli"},
     {"ldm.resources"},
     {"ldm.lr_scheduler", "ldm.checkpoint", "ldm.data"},
+    {"ldm.modules.diffusionmodules.convolution"},
     {"ldm.modules.diffusionmodules.util", "ldm.modules.ema", "ldm.modules.distributions"},
     {"ldm.modules.attention", "ldm.modules.x_transformer"},
     {"ldm.modules.diffusionmodules", "ldm.modules.losses"},

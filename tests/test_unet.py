@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
-from ldm.modules.diffusionmodules import openaimodel, util
+from ldm.modules.diffusionmodules import convolution, openaimodel
 from ldm.modules.diffusionmodules.openaimodel import (
     AttentionBlock,
     AttentionPool2d,
@@ -206,8 +207,8 @@ def test_convolutions_of_few_pixels_equal_those_of_many(monkeypatch, options):
     x = torch.randn(3, 6, 5, 8, requires_grad=True)
     expected = nn.Conv2d.forward(conv, x)
     (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
-    monkeypatch.setattr(util, "MANY_WEIGHTS", 0)
-    monkeypatch.setattr(util, "CHANNELS_PER_PIXEL", 0)
+    monkeypatch.setattr(convolution, "MANY_WEIGHTS", 0)
+    monkeypatch.setattr(convolution, "CHANNELS_PER_PIXEL", 0)
     monkeypatch.setattr(nn.Conv2d, "forward", None)  # is not what answers
     actual = conv(x)
     (gradient,) = torch.autograd.grad(actual.square().sum(), x)
@@ -220,14 +221,67 @@ def test_convolutions_of_few_pixels_equal_those_of_many(monkeypatch, options):
     "options", [{}, {"groups": 2}, {"dilation": 2}, {"padding_mode": "circular"}, {"padding": "same"}]
 )
 def test_other_convolutions_are_those_of_the_library(monkeypatch, options):
-    monkeypatch.setattr(util, "MANY_WEIGHTS", 0)
-    monkeypatch.setattr(util, "CHANNELS_PER_PIXEL", 0)
+    monkeypatch.setattr(convolution, "MANY_WEIGHTS", 0)
+    monkeypatch.setattr(convolution, "CHANNELS_PER_PIXEL", 0)
     conv = conv_nd(2, 6, 8, 3, **options).requires_grad_(not options)  # weights that train, or an unusual option
     x = torch.randn(1, 6, 8, 8)
     assert_close(conv(x), nn.Conv2d.forward(conv, x), 1e-6)
     if not options:
         conv(x).sum().backward()
         assert conv.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "bias"), [(1, 8, 8, True), (3, 4, 10, True), (2, 2, 2, False), (5, 6, 4, False)]
+)
+def test_winograd_equals_the_direct_sum(monkeypatch, batch, height, width, bias):
+    conv = conv_nd(2, 6, 9, 3, padding=1, bias=bias).requires_grad_(False)
+    x = torch.randn(batch, 6, height, width, requires_grad=True)
+    expected = nn.Conv2d.forward(conv, x)
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    monkeypatch.setattr(convolution, "WINOGRAD_CHANNELS", 1)
+    monkeypatch.setattr(convolution, "WINOGRAD_TILES", 1)
+    monkeypatch.setattr(convolution, "TILES_AT_ONCE", 12)  # batches are done in parts
+    monkeypatch.setattr(nn.Conv2d, "forward", None)  # is not what answers
+    actual = conv(x)
+    (gradient,) = torch.autograd.grad(actual.square().sum(), x)
+    assert actual.is_contiguous()
+    assert_close(actual, expected, 2e-6)
+    assert_close(gradient, expected_gradient, 1e-5)
+    with torch.inference_mode():
+        assert_close(conv(x), expected, 2e-6)
+    assert_close(conv(x.contiguous(memory_format=torch.channels_last)), expected, 2e-6)
+
+
+def test_winograd_at_full_size_is_as_near_to_the_exact_sum(monkeypatch):
+    conv = conv_nd(2, 320, 320, 3, padding=1).requires_grad_(False)
+    x = torch.randn(1, 320, 32, 32)
+    exact = functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    monkeypatch.setattr(nn.Conv2d, "forward", None)
+    assert_close(conv(x), exact.float(), 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"), [({}, (7, 8)), ({"stride": 2}, (8, 8)), ({"padding": 0}, (8, 8)), ({"groups": 2}, (8, 8))]
+)
+def test_winograd_leaves_the_rest_to_the_library(monkeypatch, options, size):
+    monkeypatch.setattr(convolution, "WINOGRAD_CHANNELS", 1)
+    monkeypatch.setattr(convolution, "WINOGRAD_TILES", 1)
+    monkeypatch.setattr(convolution, "_winograd", None)
+    conv = conv_nd(2, 6, 8, 3, **{"padding": 1, **options}).requires_grad_(False)
+    x = torch.randn(2, 6, *size)
+    assert_close(conv(x), nn.Conv2d.forward(conv, x), 1e-6)
+
+
+def test_winograd_does_not_take_16_bits(monkeypatch):
+    monkeypatch.setattr(convolution, "WINOGRAD_CHANNELS", 1)
+    monkeypatch.setattr(convolution, "WINOGRAD_TILES", 1)
+    monkeypatch.setattr(convolution, "_winograd", None)
+    conv = conv_nd(2, 6, 8, 3, padding=1).requires_grad_(False)
+    x = torch.randn(1, 6, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype == torch.bfloat16
+    assert conv.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_takes_any_size_that_the_levels_divide():

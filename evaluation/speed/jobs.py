@@ -68,7 +68,6 @@ def make_inputs(setup: Setup, model: Any) -> Inputs:
     """The same random inputs for every contestant."""
     batch, pixels = setup.size
     side = pixels // first_stage_factor(model)
-    side = side // getattr(model.first_stage_model, "fold", 1)
     generator = torch.Generator().manual_seed(1)
     shape = (batch, model.channels, side, side)
     latent, noise = (torch.randn(shape, generator=generator).to(setup.device) for _ in range(2))

@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from ldm.modules.diffusionmodules.convolution import Conv2d
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 NORM_GROUPS = 32
@@ -115,36 +117,6 @@ def _append(x: Tensor, channel: Tensor) -> Tensor:
     """`x` (B, N, d) in 16 bits with a float32 `channel` (B, N) as two more, the second with what rounding loses."""
     rounded = channel.to(x.dtype)
     return torch.cat([x, torch.stack([rounded, (channel - rounded.float()).to(x.dtype)], dim=-1)], dim=-1)
-
-
-# From so many weights on, and so many output channels for each pixel of the result (of the whole batch), a convolution
-# on a CPU is done as one product with patches. The library's kernels bring the weights into an order of their own at
-# each call, which with weights beyond the caches and few pixels takes longer than the convolution itself (two thirds of
-# the whole at 1280 channels and 8 x 8 pixels).
-MANY_WEIGHTS = 1 << 23
-CHANNELS_PER_PIXEL = 4
-
-
-class Conv2d(nn.Conv2d):
-    """Convolution that is fast on a CPU with many frozen weights and few pixels, too."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map (B, C, h, w) to (B, C_out, h', w')."""
-        trains = torch.is_grad_enabled() and self.weight.requires_grad  # would need all patches to be kept
-        large = self.weight.numel() >= MANY_WEIGHTS and self.groups == 1 and self.dilation == (1, 1)
-        usual = self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        if trains or input.device.type != "cpu" or not (large and usual):
-            return super().forward(input)
-        pads: Any = self.padding
-        height, width = (
-            (input.shape[2 + i] + 2 * pads[i] - self.kernel_size[i]) // self.stride[i] + 1 for i in range(2)
-        )
-        if self.out_channels < CHANNELS_PER_PIXEL * len(input) * height * width:
-            return super().forward(input)
-        patches = F.unfold(input, self.kernel_size, padding=pads, stride=self.stride)  # (B, C k k, h' w')
-        rows = patches.transpose(1, 2).flatten(0, 1)  # (B h' w', C k k)
-        tokens = F.linear(rows, self.weight.flatten(1), self.bias).unflatten(0, (-1, height, width))
-        return tokens.permute(0, 3, 1, 2).contiguous()  # (B, C_out, h', w')
 
 
 class TokenProjection(nn.Linear):
