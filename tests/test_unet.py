@@ -241,7 +241,8 @@ def test_winograd_equals_the_direct_sum(monkeypatch, batch, height, width, bias)
     (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
     monkeypatch.setattr(convolution, "WINOGRAD_CHANNELS", 1)
     monkeypatch.setattr(convolution, "WINOGRAD_TILES", 1)
-    monkeypatch.setattr(convolution, "TILES_AT_ONCE", 12)  # batches are done in parts
+    monkeypatch.setattr(convolution, "TILES_AT_ONCE", 12)  # batches are done in parts ...
+    monkeypatch.setattr(convolution, "NUMBERS_AT_ONCE", 16 * 6 * 4)  # ... and so are kernels
     monkeypatch.setattr(nn.Conv2d, "forward", None)  # is not what answers
     actual = conv(x)
     (gradient,) = torch.autograd.grad(actual.square().sum(), x)

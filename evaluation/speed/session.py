@@ -35,6 +35,7 @@ KNOWN_CAPTIONS = (  # of the world that the shipped weights know
     "a sticker of a cat on a blue background", "a 3d render of a red apple on a white background",
     "a cartoon of a rocket at night", "a silhouette of a tree on a yellow background",
 )  # fmt: skip
+QUICK_SIDE = 256  # of the matrix product: processors without 16-bit instructions take minutes for a large one
 GROWTH = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (4, 1))  # (pictures, sides) in units of half the model's own side
 
 
@@ -106,7 +107,7 @@ def _run_timed(plan: Plan, setup: Setup, missing: dict[str, str], results: Resul
 
 def timed_cell(plan: Plan, setup: Setup, job: str, jobs: dict[str, Job]) -> Cell:
     """Times of one job by everyone, interleaved with a matrix product in the same precision."""
-    product, operations = matmul_call(setup.torch_dtype, plan.device)
+    product, operations = matmul_call(setup.torch_dtype, plan.device, QUICK_SIDE if plan.quick else None)
     long = next(iter(jobs.values())).long and not plan.quick
     calls: dict[str, Callable[[], object]] = {who: work.call for who, work in jobs.items()}
     # Counting warms up, too; what is compiled cannot be counted.

@@ -26,6 +26,7 @@ CHANNELS_PER_PIXEL = 4
 WINOGRAD_CHANNELS = 256
 WINOGRAD_TILES = 256
 TILES_AT_ONCE = 256  # so that what lies between the transforms stays in the cache
+NUMBERS_AT_ONCE = 1 << 23  # of the transformed kernels
 
 # How the 9 weights of a kernel become 16: G g G^T, with the rows of G for the points 0, 1, -1 and infinity.
 _POINTS = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
@@ -111,38 +112,48 @@ class WinogradConvolution(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Map (B, C, h, w) with kernels (O, C, 3, 3) to (B, O, h, w)."""
         ctx.save_for_backward(weight)
-        return _winograd(input, _transformed(weight, _KERNEL_TRANSFORM), bias)
+        return _winograd(input, weight, bias, mirrored=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Gradient (B, C, h, w) of the input."""
         (weight,) = ctx.saved_tensors
-        mirrored = _transformed(weight, _KERNEL_TRANSFORM.flip(1))
-        return _winograd(grad, mirrored.transpose(1, 2), None), None, None
+        return _winograd(grad, weight, None, mirrored=True), None, None
 
 
-def _transformed(weight: Tensor, transform: Tensor) -> Tensor:
-    """Kernels (O, C, 3, 3) as (16, O, C)."""
-    return (transform @ weight.flatten(2).flatten(0, 1).T).unflatten(1, weight.shape[:2])
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, mirrored: bool) -> Tensor:
+    """Convolve (B, C, h, w) with kernels (O, C, 3, 3) to (B, O, h, w), some tiles and output channels at a time.
 
-
-def _winograd(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve (B, C, h, w) with transformed kernels (16, O, C) to (B, O, h, w), part by part."""
-    batch, _, height, width = x.shape
-    out = x.new_empty(batch, kernels.shape[1], height, width)
+    `mirrored`: with kernels (C, O, 3, 3), both of their axes reversed.
+    """
+    batch, channels, height, width = x.shape
     padded = F.pad(x, (1, 1, 1, 1))  # (B, C, h + 2, w + 2)
+    out_axis = 1 if mirrored else 0
+    out = x.new_empty(batch, weight.shape[out_axis], height, width)
     rows = 2 * min(height // 2, max(1, TILES_AT_ONCE // (width // 2)))
     samples = max(1, TILES_AT_ONCE // (rows * width // 4))
-    for start in range(0, batch, samples):
-        for top in range(0, height, rows):
-            result = out[start : start + samples, :, top : top + rows]
-            tiles = _input_tiles(padded[start : start + samples, :, top : top + rows + 2])  # (16, C, T)
+    kernels_at_once = max(1, NUMBERS_AT_ONCE // (16 * channels))
+    parts = [(start, top) for start in range(0, batch, samples) for top in range(0, height, rows)]
+    tiles: Tensor | None = None
+    for first in range(0, out.shape[1], kernels_at_once):
+        those = slice(first, min(first + kernels_at_once, out.shape[1]))
+        kernels = _transformed(weight.narrow(out_axis, first, those.stop - first), mirrored)  # (16, O, C)
+        for start, top in parts:
+            if tiles is None or len(parts) > 1:
+                tiles = _input_tiles(padded[start : start + samples, :, top : top + rows + 2])  # (16, C, T)
             products = torch.bmm(kernels, tiles)  # (16, O, T)
             if bias is not None:
-                products[5] += bias[:, None]  # this one counts once in each of a tile's four pixels
-            _write_pixels(products, result)
+                products[5] += bias[those, None]  # this one counts once in each of a tile's four pixels
+            _write_pixels(products, out[start : start + samples, those, top : top + rows])
     return out
+
+
+def _transformed(weight: Tensor, mirrored: bool) -> Tensor:
+    """Kernels (O, C, 3, 3), or mirrored (C, O, 3, 3), as (16, O, C)."""
+    transform = _KERNEL_TRANSFORM.flip(1) if mirrored else _KERNEL_TRANSFORM
+    kernels = (transform @ weight.flatten(2).flatten(0, 1).T).unflatten(1, weight.shape[:2])
+    return kernels.transpose(1, 2) if mirrored else kernels
 
 
 def _input_tiles(padded: Tensor) -> Tensor:
