@@ -61,7 +61,7 @@ class LambdaWarmUpCosineScheduler:
             return self.report(n, _ramp(self.lr_start, self.lr_max, n / self.warm_up_steps))
         end = self.last_step if self.max_decay_steps is None else self.max_decay_steps
         if end is None:
-            raise ValueError("max_decay_steps is null, which means the run's last step: set lightning.trainer.max_steps")
+            raise ValueError("max_decay_steps is null, the run's last step: set lightning.trainer.max_steps")
         decay_steps = end - self.warm_up_steps
         fraction = (n - self.warm_up_steps) / decay_steps if decay_steps > 0 else 1.0
         return self.report(n, _cosine(self.lr_max, self.lr_min, fraction))
