@@ -34,8 +34,7 @@ class _Report:
 class LambdaWarmUpCosineScheduler:
     """Straight line from `lr_start` to `lr_max` over the warm-up, then a cosine down to `lr_min`, which it keeps.
 
-    `max_decay_steps` counts from step 0; None is the last step of the run (`last_step`), however long it is made. The
-    values are factors on the optimiser's learning rate.
+    `max_decay_steps` counts from step 0. The values are factors on the optimiser's learning rate.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class LambdaWarmUpCosineScheduler:
         lr_min: float,
         lr_max: float,
         lr_start: float,
-        max_decay_steps: int | None,
+        max_decay_steps: int,
         verbosity_interval: int = 0,
     ) -> None:
         self.warm_up_steps = warm_up_steps
@@ -52,17 +51,13 @@ class LambdaWarmUpCosineScheduler:
         self.lr_max = lr_max
         self.lr_start = lr_start
         self.max_decay_steps = max_decay_steps
-        self.last_step: int | None = None  # set by who knows how long the run is
         self.report = _Report(verbosity_interval)
 
     def schedule(self, n: int) -> float:
         """Factor at step `n`."""
         if n < self.warm_up_steps:
             return self.report(n, _ramp(self.lr_start, self.lr_max, n / self.warm_up_steps))
-        end = self.last_step if self.max_decay_steps is None else self.max_decay_steps
-        if end is None:
-            raise ValueError("max_decay_steps is null, the run's last step: set lightning.trainer.max_steps")
-        decay_steps = end - self.warm_up_steps
+        decay_steps = self.max_decay_steps - self.warm_up_steps
         fraction = (n - self.warm_up_steps) / decay_steps if decay_steps > 0 else 1.0
         return self.report(n, _cosine(self.lr_max, self.lr_min, fraction))
 

@@ -59,12 +59,3 @@ def test_factor_is_logged_at_the_interval(caplog: pytest.LogCaptureFixture) -> N
         for step in range(11):
             schedule(step)
     assert len(caplog.records) == 3
-
-
-def test_decay_without_an_end_needs_the_length_of_the_run() -> None:
-    schedule = LambdaWarmUpCosineScheduler(4, 0.1, 1.0, 0.0, None)
-    with pytest.raises(ValueError, match=r"max_decay_steps is null.*max_steps"):
-        schedule(5)
-    schedule.last_step = 10
-    fixed = LambdaWarmUpCosineScheduler(4, 0.1, 1.0, 0.0, 10)
-    assert [schedule(n) for n in range(12)] == [fixed(n) for n in range(12)]

@@ -15,7 +15,6 @@ from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 
-from ldm.lr_scheduler import LambdaWarmUpCosineScheduler
 from ldm.models.diffusion import schedule
 from ldm.models.diffusion.loss import combine_losses, min_snr_weights, per_sample_loss
 from ldm.models.diffusion.wrapper import DiffusionWrapper
@@ -353,8 +352,6 @@ class DDPM(pl.LightningModule):
         if self.scheduler_config is None:
             return optimizer
         multiplier = instantiate_from_config(self.scheduler_config)
-        if isinstance(multiplier, LambdaWarmUpCosineScheduler) and self._trainer and self._trainer.max_steps > 0:
-            multiplier.last_step = self._trainer.max_steps
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=multiplier.schedule)
         return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
 
