@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from ldm.checkpoint import load_model_from_config
 from ldm.checkpoint_folder import is_diffusers_folder
 from ldm.resources import resource_root
+from ldm.util import SLOW_BFLOAT16, emulates_bfloat16
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "models/ldm/emoji64"
 PRECISIONS = ("full", "autocast", "half")
@@ -143,6 +147,8 @@ def load_model(
     device = select_device(device) if isinstance(device, str) else device
     files = find_model_files(path, config)
     dtype = weight_dtype(precision, device)
+    if precision != "full" and emulates_bfloat16(device):
+        log.warning(SLOW_BFLOAT16, f"precision '{precision}'", "'full'")
     return load_model_from_config(
         files.config, files.checkpoint, device=device, dtype=None if precision == "autocast" else dtype, size=size
     )

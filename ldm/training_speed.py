@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.run import RunPlan
-from ldm.util import ConfigError
+from ldm.util import SLOW_BFLOAT16, ConfigError, emulates_bfloat16
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,10 @@ MARGIN = 1.5  # activations that fit so many times over are kept; the rest is fo
 
 
 def speed_up(model: Any, plan: RunPlan, device: torch.device) -> None:
-    """Do both where `plan` trains and allows them."""
+    """Do both where `plan` trains and allows them; warn of a precision that the processor emulates."""
+    precision = str((plan.lightning.get("trainer") or {}).get("precision") or "")
+    if precision.startswith("bf16") and emulates_bfloat16(device):
+        log.warning(SLOW_BFLOAT16, f"--precision {precision}", "32-true")
     if plan.train and plan.lightning.get("keep_activations", True):
         keep_activations(model, int(OmegaConf.select(plan.config, "data.params.batch_size") or 1), device)
     if plan.lightning.get("compile"):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -206,3 +207,15 @@ def _stay_in_eval(self: nn.Module, mode: bool = True) -> nn.Module:
 def count_params(module: nn.Module) -> int:
     """Number of scalars in the parameters of `module`."""
     return sum(p.numel() for p in module.parameters())
+
+
+SLOW_BFLOAT16 = "%s computes in bfloat16, which this processor can only emulate, very slowly: %s will be much faster"
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether `device` is a processor without instructions for products in bfloat16.
+
+    There they take a hundred times as long as in float32 and more. False where torch does not say.
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return device.type == "cpu" and supported is not None and not supported()

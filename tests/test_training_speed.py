@@ -14,8 +14,9 @@ from torch import Tensor
 import main
 from evaluation.speed.models import build
 from ldm import training_speed as speed
+from ldm.generate import load_model
 from ldm.run import make_plan
-from ldm.util import ConfigError
+from ldm.util import ConfigError, emulates_bfloat16
 from tests.conftest import assert_close
 
 CPU = torch.device("cpu")
@@ -123,3 +124,24 @@ def test_checkpointing_stays_where_the_config_says_so(model: Any, monkeypatch: p
     plan.lightning["keep_activations"] = True
     speed.speed_up(model, plan, CPU)
     assert speed.checkpointed_layers(model) == []
+
+
+@pytest.mark.parametrize(("precision", "emulated"), [("bf16-mixed", True), ("bf16-mixed", False), ("32-true", True)])
+def test_warns_of_a_precision_that_the_processor_emulates(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, precision: str, emulated: bool
+):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: not emulated, raising=False)
+    plan: Any = SimpleNamespace(train=False, config=OmegaConf.create(), lightning={"trainer": {"precision": precision}})
+    speed.speed_up(None, plan, CPU)
+    assert ("--precision bf16-mixed" in caplog.text) == (precision == "bf16-mixed" and emulated)
+    assert not emulates_bfloat16(torch.device("cuda"))
+
+
+def test_warns_of_sampling_in_a_precision_that_the_processor_emulates(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    load_model(device="cpu")
+    assert "emulate" not in caplog.text
+    load_model(device="cpu", precision="half")
+    assert "precision 'half' computes in bfloat16" in caplog.text
