@@ -32,7 +32,6 @@ NUMBERS_AT_ONCE = 1 << 23  # of the transformed kernels
 _POINTS = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 _KERNEL_TRANSFORM = torch.kron(_POINTS, _POINTS)  # (16, 9)
 
-
 _direct = False
 
 
@@ -53,7 +52,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Map (B, C, h, w) to (B, O, h', w')."""
         trains = torch.is_grad_enabled() and self.weight.requires_grad
-        if trains or _direct or input.device.type != "cpu" or not self._is_usual():
+        if trains or _direct or input.device.type != "cpu" or input.dim() != 4 or not self._is_usual():
             return super().forward(input)
         if self._suits_winograd(input):
             return WinogradConvolution.apply(input, self.weight, self.bias)
