@@ -218,5 +218,7 @@ def text_encoder_of(model: Any) -> Any:
         projection_dim=stage.embedding_dim,
     )
     encoder: Any = CLIPTextModel(config)
-    encoder.load_state_dict(stage.transformer.state_dict(), strict=False)
+    part = getattr(encoder, "text_model", encoder)  # newer versions have no part of that name
+    missing = part.load_state_dict(transformer.state_dict(), strict=False).missing_keys
+    assert not [key for key in missing if not key.endswith("position_ids")], f"transformers has other names: {missing}"
     return encoder.requires_grad_(False).to(model.device)
