@@ -11,7 +11,8 @@ from pathlib import Path
 MODELS = ("emoji", "ldm", "sd1")
 PRECISIONS = ("float32", "bfloat16")
 JOBS = (
-    *("unet_forward", "unet_training", "inversion_step", "encode", "decode", "text"),
+    # before the steps that train, so that words are still the same for all where outputs are compared
+    *("unet_forward", "encode", "decode", "text", "unet_training", "inversion_step"),
     *("guided_step", "picture", "picture_dpm20", "growth", "load", "startup", "readme_job", "convergence"),
 )
 EXAMPLES = """\
