@@ -87,7 +87,8 @@ def execute(plan: RunPlan) -> None:
         if plan.test and OmegaConf.select(plan.config, "data.params.test"):
             run_test(trainer, model, data)
     except cb.RunStopped as stop:
-        log.warning("%s; go on with: python main.py -r %s", stop, plan.run_dir)
+        if trainer.is_global_zero:  # the others' plans may name another directory: they have started a moment later
+            log.warning("%s; go on with: python main.py -r %s", stop, plan.run_dir)
         raise KeyboardInterrupt from None
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
