@@ -2,8 +2,8 @@
 
 `text(ours) > text(three_words)` compares two rows; `image(ours) - image(image_only)` and the like are sums with
 numbers as factors, `abs(...)` is allowed. An ordering holds when the bootstrap interval of (left - right) is above 0,
-does not when it is below 0, and is undecided otherwise. With `every: true` it must hold for each concept by itself:
-the interval is that of the concept for which it holds least.
+does not when it is below 0, and is undecided otherwise. With `every: true` it must hold for each concept by itself,
+and the interval is that of the concept that decides (`check_claim`).
 
 A measure is such a sum by itself, as `(image(ours) - image(bare)) / (image(set) - image(bare))`.
 """
@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from evaluation.stats import Interval, interval
+from evaluation.stats import LEVEL, Bootstrap, Interval, interval
 from ldm.util import ConfigError, did_you_mean
 
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
@@ -138,29 +139,46 @@ def look_up_in(table: Mapping[tuple[str, str], Any]) -> Lookup:
     return look_up
 
 
-def check_claims(
-    claims: Sequence[Claim],
-    means: Mapping[tuple[str, str], float],
-    replicates: Mapping[tuple[str, str], np.ndarray],
-) -> list[Finding]:
-    """Decide every claim from means and bootstrap replicates (R,) by (metric, row)."""
-    findings = []
-    for claim in claims:
-        mean = float(claim.difference(look_up_in(means)))
-        findings.append(Finding(claim, interval(mean, claim.difference(look_up_in(replicates)))))
-    return findings
+Values = Mapping[tuple[str, str], np.ndarray]
 
 
-def add_concepts(finding: Finding, by_concept: Mapping[tuple[str, str], np.ndarray], sampled: Lookup) -> Finding:
-    """The finding with the number of concepts for which it holds; decided anew if it is said of every concept.
+def bootstrap_interval(
+    compute: Callable[[Lookup], Any], values: Values, bootstrap: Bootstrap, level: float = LEVEL
+) -> Interval:
+    """Estimate and interval of what `compute` makes of the means of `values` (C, S) by (metric, row)."""
+    mean = compute(look_up_in({pair: bootstrap.mean(array) for pair, array in values.items()}))
+    replicates = compute(look_up_in({pair: bootstrap.replicates(array) for pair, array in values.items()}))
+    results = min((bootstrap.count(array) for array in values.values()), default=0)
+    return interval(float(mean), np.asarray(replicates), level, results)
 
-    by_concept: means over the seeds (C,) by (metric, row). sampled: `(metric, row)` -> the same with resampled seeds
-    (R, C).
-    """
-    differences = finding.claim.difference(look_up_in(by_concept))  # (C,)
+
+def check_claim(claim: Claim, values: Values, bootstrap: Bootstrap) -> Finding:
+    """Decide a claim from `values` (C, S) by (metric, row) that are known for the same concepts and seeds."""
+    differences = claim.difference(look_up_in({p: bootstrap.by_concept(array) for p, array in values.items()}))  # (C,)
     known = ~np.isnan(differences)
     concepts = (int((differences[known] > 0).sum()), int(known.sum()))
-    if not finding.claim.every:
-        return dataclasses.replace(finding, concepts=concepts)
-    least = finding.claim.difference(sampled).min(1)  # (R,), not-a-number while a concept is missing
-    return Finding(finding.claim, interval(float(differences.min()), least), concepts)
+    if claim.every:
+        return Finding(claim, _of_every_concept(claim, values, bootstrap), concepts)
+    return Finding(claim, bootstrap_interval(claim.difference, values, bootstrap), concepts)
+
+
+def _of_every_concept(claim: Claim, values: Values, bootstrap: Bootstrap) -> Interval:
+    """Interval of the concept that decides: one below 0 if there is any, else the one with the lowest bound.
+
+    The intervals are over the seeds, at the level 1 - 0.05 / C, since one of C concepts is picked.
+    """
+    count, seeds = bootstrap.shape
+    level = 1 - (1 - LEVEL) / count
+    of_one = Bootstrap(1, seeds, bootstrap.resamples)
+    found = [
+        bootstrap_interval(claim.difference, {pair: array[c : c + 1] for pair, array in values.items()}, of_one, level)
+        for c in range(count)
+    ]
+    below = [one for one in found if one.high < 0]
+    if below:
+        return min(below, key=lambda one: one.high)
+    missing = [one for one in found if math.isnan(one.mean)]
+    if missing:
+        return missing[0]
+    unbounded = [one for one in found if math.isnan(one.low)]  # of one seed alone
+    return min(unbounded, key=lambda one: one.mean) if unbounded else min(found, key=lambda one: one.low)

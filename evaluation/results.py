@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from evaluation.cells import Store
-from evaluation.claims import Finding, add_concepts, check_claims, look_up_in
+from evaluation.claims import Finding, bootstrap_interval, check_claim, look_up_in
 from evaluation.experiments import Row, Table
 from evaluation.plan import Cell, Request, missing_captions
 from evaluation.scoring import METRICS
-from evaluation.stats import FAILS, HOLDS, UNDECIDED, Bootstrap, Interval, interval
+from evaluation.stats import FAILS, HOLDS, UNDECIDED, Bootstrap, Interval
 
 METRIC_LABELS = {
     "image": "image similarity",
@@ -98,30 +98,36 @@ def summarise(
         array *= table.scale.get(metric, 1.0)
     bootstrap = Bootstrap(len(concepts), len(seeds))
     means = {key: bootstrap.mean(array) for key, array in values.items()}
-    needed = {pair for claim in table.claims for pair in claim.rows()}
-    needed |= {pair for measure in table.measures for pair in measure.rows()}
-    for pair in needed - set(values):
-        values[pair], means[pair] = np.full((len(concepts), len(seeds)), math.nan), math.nan
-    replicates = {pair: bootstrap.replicates(values[pair]) for pair in needed}
     by_concept = {key: bootstrap.by_concept(array) for key, array in values.items()}
-    measures = {
-        measure.says: interval(float(measure.compute(look_up_in(means))), measure.compute(look_up_in(replicates)))
-        for measure in table.measures
-    }
+    missing = np.full((len(concepts), len(seeds)), math.nan)
+    for pair in {pair for said in (*table.claims, *table.measures) for pair in said.rows()} - set(values):
+        values[pair], by_concept[pair] = missing, bootstrap.by_concept(missing)
     return TableResult(
         table=table,
-        intervals={key: bootstrap.interval(array) for key, array in values.items() if not math.isnan(means[key])},
-        findings=[
-            add_concepts(finding, by_concept, lambda *pair: bootstrap.seed_replicates(values[pair]))
-            for finding in check_claims(table.claims, means, replicates)
-        ],
-        measures=measures,
+        intervals={key: bootstrap.interval(values[key]) for key, mean in means.items() if not math.isnan(mean)},
+        findings=[check_claim(claim, shared(values, claim.rows()), bootstrap) for claim in table.claims],
+        measures={
+            measure.says: bootstrap_interval(measure.compute, shared(values, measure.rows()), bootstrap)
+            for measure in table.measures
+        },
         concepts=concept_records(table, concepts, by_concept),
         cells=list(records),
         facts=facts,
         done=len(records),
         total=total,
     )
+
+
+def shared(
+    values: Mapping[tuple[str, str], np.ndarray], pairs: Iterable[tuple[str, str]]
+) -> dict[tuple[str, str], np.ndarray]:
+    """Values (concepts, seeds) of some (metric, row) pairs, not-a-number where any of them is not there.
+
+    So differences between them are paired also while some rows lack concepts that others have.
+    """
+    chosen = {pair: values[pair] for pair in pairs}
+    unknown = np.any([np.isnan(array) for array in chosen.values()], axis=0)
+    return {pair: np.where(unknown, math.nan, array) for pair, array in chosen.items()}
 
 
 def concept_records(

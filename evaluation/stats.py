@@ -37,10 +37,10 @@ class Interval:
         return self.text()
 
 
-def interval(mean: float, replicates: np.ndarray, level: float = LEVEL) -> Interval:
-    """Percentile interval from bootstrap replicates (R,); no bounds when they all are the same or missing."""
+def interval(mean: float, replicates: np.ndarray, level: float = LEVEL, results: int = 2) -> Interval:
+    """Percentile interval from bootstrap replicates (R,) of so many `results`; no bounds for fewer than two."""
     known = replicates[np.isfinite(replicates)]
-    if not len(known) or np.ptp(known) <= 1e-12 * np.abs(known).max():
+    if not len(known) or results < 2:
         return Interval(float(mean))
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(mean), float(low), float(high))
@@ -58,6 +58,7 @@ class Bootstrap:
             raise ValueError(f"nothing to resample: {concepts} concepts, {seeds} seeds, {resamples} resamples")
         rng = np.random.default_rng(seed)
         self.shape = (concepts, seeds)
+        self.resamples = resamples
         self._concepts = rng.integers(concepts, size=(resamples, concepts))
         self._seeds = rng.integers(seeds, size=(resamples, concepts, seeds))
 
@@ -74,14 +75,13 @@ class Bootstrap:
         """Means (C,) over the seeds."""
         return _mean(self._full(values))
 
-    def seed_replicates(self, values: np.ndarray) -> np.ndarray:
-        """Bootstrap replicates (R, C) of `by_concept`: the seeds are drawn anew, the concepts stay."""
-        concepts = np.arange(self.shape[0])[None, :, None]
-        return _mean(self._full(values)[concepts, self._seeds])
-
     def interval(self, values: np.ndarray, level: float = LEVEL) -> Interval:
         """Mean and percentile interval of results (C, S)."""
-        return interval(self.mean(values), self.replicates(values), level)
+        return interval(self.mean(values), self.replicates(values), level, self.count(values))
+
+    def count(self, values: np.ndarray) -> int:
+        """How many results there are; values without seeds count once for each concept."""
+        return int((~np.isnan(np.asarray(values, dtype=float))).sum())
 
     def _full(self, values: np.ndarray) -> np.ndarray:
         try:

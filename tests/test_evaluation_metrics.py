@@ -13,7 +13,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.functional.pairwise import pairwise_cosine_similarity
 
 from evaluation import metrics
-from evaluation.claims import Claim, check_claims
+from evaluation.claims import Claim, check_claim
 from evaluation.stats import FAILS, HOLDS, UNDECIDED, Bootstrap, Interval, group_intervals, interval
 from ldm.util import ConfigError
 
@@ -129,7 +129,8 @@ def test_verdicts():
     assert Interval(0.5, 0.1, 0.9).verdict == HOLDS
     assert Interval(-0.5, -0.9, -0.1).verdict == FAILS
     assert Interval(0.5, -0.1, 0.9).verdict == UNDECIDED
-    assert interval(0.5, np.full(10, 0.5)).verdict == UNDECIDED  # one concept, one seed: nothing is known of the spread
+    assert interval(0.5, np.full(10, 0.5), results=1).verdict == UNDECIDED  # nothing is known of the spread
+    assert interval(0.5, np.full(10, 0.5), results=12).verdict == HOLDS  # all twelve agree
     assert str(Interval(0.5)) == "0.500"
     assert group_intervals({"a": np.array([1.0, 2.0, 3.0])})["a"].mean == 2.0
 
@@ -137,10 +138,9 @@ def test_verdicts():
 # -- claims --------------------------------------------------------------------------------------------------------
 
 
-def results(rows: dict[str, float], spread: float = 0.01) -> tuple[dict, dict]:
+def results(rows: dict[str, float], spread: float = 0.05) -> tuple[dict, Bootstrap]:
     rng = np.random.default_rng(0)
-    means = {("image", row): value for row, value in rows.items()}
-    return means, {key: value + spread * rng.normal(size=500) for key, value in means.items()}
+    return {("image", row): value + spread * rng.normal(size=(25, 1)) for row, value in rows.items()}, Bootstrap(25, 1)
 
 
 @pytest.mark.parametrize(
@@ -157,20 +157,33 @@ def results(rows: dict[str, float], spread: float = 0.01) -> tuple[dict, dict]:
 )
 def test_claims_are_inequalities_of_cells(inequality: str, verdict: str):
     tables = results({"ours": 0.79, "set": 0.78, "prompt": 0.45})
-    (finding,) = check_claims([Claim("", inequality)], *tables)
-    assert finding.verdict == verdict
+    assert check_claim(Claim("", inequality), *tables).verdict == verdict
 
 
 def test_paired_differences_are_sharper_than_the_rows():
     rng = np.random.default_rng(0)
     hard = rng.normal(size=(20, 1))
     rows = {"a": hard + 0.1 + 0.01 * rng.normal(size=(20, 3)), "b": hard + 0.01 * rng.normal(size=(20, 3))}
-    sampler = Bootstrap(20, 3)
-    means = {("m", row): sampler.mean(values) for row, values in rows.items()}
-    replicates = {("m", row): sampler.replicates(values) for row, values in rows.items()}
-    (finding,) = check_claims([Claim("", "m(a) > m(b)")], means, replicates)
+    finding = check_claim(
+        Claim("", "m(a) > m(b)"), {("m", row): values for row, values in rows.items()}, Bootstrap(20, 3)
+    )
     assert finding.verdict == HOLDS
     assert finding.difference.mean == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_claim_of_every_concept_is_decided_by_each_ones_own_seeds():
+    rng = np.random.default_rng(3)
+
+    def verdict(effects: np.ndarray, noise: float) -> str:
+        values = {("m", "a"): effects[:, None] + noise * rng.normal(size=(20, 3)), ("m", "b"): np.zeros((20, 3))}
+        return check_claim(Claim("", "m(a) > m(b)", every=True), values, Bootstrap(20, 3)).verdict
+
+    small = np.full(20, 0.02)
+    found = [verdict(small, 0.015) for _ in range(20)]
+    assert found.count(FAILS) <= 1  # true for every concept, though some seeds say otherwise
+    assert UNDECIDED in found
+    assert verdict(small, 0.001) == HOLDS
+    assert verdict(np.where(np.arange(20) == 7, -0.1, small), 0.02) == FAILS
 
 
 @pytest.mark.parametrize(
@@ -186,7 +199,7 @@ def test_paired_differences_are_sharper_than_the_rows():
 def test_what_is_no_claim_is_refused(inequality: str, message: str):
     tables = results({"ours": 0.79, "set": 0.78})
     with pytest.raises(ConfigError, match=message):
-        check_claims([Claim("", inequality)], *tables)
+        check_claim(Claim("", inequality), *tables)
 
 
 def test_the_rows_of_a_claim():

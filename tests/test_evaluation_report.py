@@ -111,7 +111,7 @@ def test_a_claim_about_every_concept(by_concept: TableResult):
     first, second, third = by_concept.findings
     assert (first.verdict, first.concepts) == (FAILS, (3, 4))
     assert first.difference.mean == pytest.approx(-0.049)
-    assert (third.verdict, third.concepts) == (UNDECIDED, (4, 4))  # the same for all: nothing is known of the spread
+    assert (third.verdict, third.concepts) == (HOLDS, (4, 4))
     assert second.concepts == (3, 4)
     better = summarise(by_concept.table, [r for r in by_concept.cells if r["concept"] != "d"], list("abc"), [0, 1, 2],
                        {}, 36)  # fmt: skip
@@ -120,6 +120,19 @@ def test_a_claim_about_every_concept(by_concept: TableResult):
     missing = summarise(by_concept.table, better.cells, list("abcd"), [0, 1, 2], {}, 36)
     assert missing.findings[0].concepts == (3, 3)
     assert missing.findings[0].verdict == UNDECIDED  # not every concept is there
+
+
+def test_what_a_row_lacks_is_left_out_of_the_others_in_a_claim():
+    claims = [{"says": "", "holds_if": "image(captions) < image(word)"}]
+    rows = {"word": {}, "captions": {"source": "captions", "captions": "short"}}
+    table = Table("t", "", "", tuple(Row(name, **row) for name, row in rows.items()),
+                  claims=tuple(Claim(**claim) for claim in claims))  # fmt: skip
+    level = dict(zip("abcdefghij", np.linspace(0.3, 0.8, 10), strict=True))  # those with captions are the easy ones
+    records = [{"row": "word", "concept": c, "seed": s, "image": level[c] + 0.01 * s} for c in level for s in (0, 1)]
+    records += [{**r, "row": "captions", "image": r["image"] - 0.1} for r in records if r["concept"] in "fghij"]
+    (finding,) = summarise(table, records, list(level), [0, 1], {}, 30).findings
+    assert finding.difference.mean == pytest.approx(0.1)
+    assert (finding.verdict, finding.concepts) == (HOLDS, (5, 5))
 
 
 def test_measures_and_concepts_are_shown(by_concept: TableResult):

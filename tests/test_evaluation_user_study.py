@@ -109,7 +109,7 @@ def test_the_commands(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     answer_all(study, SETUPS, "a")
     answers, key, out = (str(path) for path in (study / "answers", study / "key.json", tmp_path / "out"))
     command.main(["analyse", "--answers", answers, "--key", key, "--out", out])
-    assert "| 3 words | 3.000 |" in capsys.readouterr().out
+    assert "| 3 words | 3.000 [3.000, 3.000] |" in capsys.readouterr().out
     assert (tmp_path / "out" / "report.html").is_file()
     with pytest.raises(ValueError, match="--forms must be at least 1"):
         command.main(["make", "--pictures", "x", "--setups", "a", "b", "--forms", "0"])
