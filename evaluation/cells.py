@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 KEY_LENGTH = 16
 SAY_EVERY = 10.0  # seconds between two lines about progress
-EDGE = 2**20  # bytes at either end of a large file that its fingerprint covers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +53,22 @@ def digest(settings: Any) -> str:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Hash of a file's size and content; of many megabytes only both ends are read. Of a folder: all its files."""
+    """Hash of a file's content; of a folder: all its files."""
     path = Path(path)
     if path.is_dir():
         return digest(
             {file.relative_to(path).as_posix(): fingerprint(file) for file in path.rglob("*") if file.is_file()}
         )
-    size = path.stat().st_size
-    state = hashlib.sha256(str(size).encode())
+    status = path.stat()
+    return _content_hash(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _content_hash(path: Path, size: int, changed: int) -> str:
+    """As `fingerprint`; gigabytes of weights are read once as long as neither size nor time of change are others."""
+    del size, changed
     with path.open("rb") as file:
-        if size <= 16 * EDGE:
-            state.update(file.read())
-        else:
-            state.update(file.read(EDGE))
-            file.seek(-EDGE, 2)
-            state.update(file.read())
-    return state.hexdigest()[:KEY_LENGTH]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:KEY_LENGTH]
 
 
 class Store:

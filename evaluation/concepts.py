@@ -12,7 +12,6 @@ A concept is a folder of pictures; what else is known of it lies in its `concept
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,12 +55,7 @@ class Concept:
 
     def content(self, count: int | None = None) -> str:
         """Hash of the first `count` pictures' contents."""
-        return digest([_fingerprint(path) for path in self.pictures[:count]])
-
-
-@functools.lru_cache(maxsize=4096)
-def _fingerprint(path: Path) -> str:
-    return fingerprint(path)
+        return digest([fingerprint(path) for path in self.pictures[:count]])
 
 
 def read_concept(folder: str | Path, defaults: Mapping[str, Any] | None = None) -> Concept:
@@ -84,15 +78,19 @@ def read_concept(folder: str | Path, defaults: Mapping[str, Any] | None = None) 
 
 
 def read_concepts(
-    folder: str | Path, names: Sequence[str] | None = None, init_words: Mapping[str, str] | None = None
+    folder: str | Path,
+    names: Sequence[str] | None = None,
+    init_words: Mapping[str, str] | None = None,
+    kind: str | None = None,
 ) -> list[Concept]:
     """All concepts of a folder of folders (or those named), see `read_concept`.
 
-    init_words: by folder name, where the folder does not say it itself.
+    init_words: by folder name, where the folder does not say it itself. kind: where it does not, either.
     """
     words = init_words or {}
+    common = {"kind": kind} if kind else {}
     return [
-        read_concept(path, {"init_word": words[path.name]} if path.name in words else None)
+        read_concept(path, common | ({"init_word": words[path.name]} if path.name in words else {}))
         for path in concept_folders(folder, names)
     ]
 

@@ -22,11 +22,11 @@ from evaluation.fidelity import (
 )
 from evaluation.image_dirs import load_images
 from evaluation.metrics import psnr, ssim
-from evaluation.plan import VERSION, plain, what_matters
+from evaluation.plan import VERSION, model_fingerprint, plain, what_matters
 from evaluation.results import TableResult, summarise
 from ldm.data.captions import read_captions
 from ldm.data.personalized import find_images
-from ldm.generate_model import find_model_files, select_device
+from ldm.generate_model import select_device
 from ldm.resources import resource_root
 
 log = logging.getLogger(__name__)
@@ -58,10 +58,9 @@ def to_bytes(images: Tensor) -> Tensor:
 
 def first_stage_unit(row: Row, table: Table, files: Sequence[Path], network_file: str | None) -> Unit:
     """The unit of one first stage."""
-    checkpoint = find_model_files(stage_folder(row)).checkpoint
     settings = {
         "version": VERSION,
-        "weights": fingerprint(checkpoint),
+        "weights": model_fingerprint(stage_folder(row)),
         "pictures": names_and_sizes(files),
         "network": fingerprint(network_file) if network_file else None,
         "options": dict(table.options),
@@ -122,7 +121,7 @@ def drawing_units(
     """Units of `chunk` captions each, with (number, caption) of their pictures; picture k is drawn with seed k."""
     chunk = int(table.options.get("chunk", 100))
     sampling = sampling_options(model, row, model.quick if quick else None)
-    weights = fingerprint(find_model_files(model.checkpoint_path).checkpoint)
+    weights = model_fingerprint(model.checkpoint_path)
     units = []
     for start in range(0, len(captions), chunk):
         jobs = list(enumerate(captions))[start : start + chunk]

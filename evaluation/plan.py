@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,8 @@ class Planner:
     def __init__(self, request: Request) -> None:
         self.request = request
         model = request.model
-        files = find_model_files(model.checkpoint_path)
-        self.weights = fingerprint(files.checkpoint)
+        self.weights = fingerprint(find_model_files(model.checkpoint_path).checkpoint)
+        self.drawn_with = model_fingerprint(model.checkpoint_path)
         self.config = digest(model.config_file.read_text(encoding="utf-8"))
         self.judges = {
             alias: [name, fingerprint(judge_file(name, request.weights.get(alias)))]
@@ -137,15 +137,14 @@ class Planner:
         }
 
     def cells(self) -> list[Cell]:
-        """All cells of the table; rows that a concept cannot have (no captions) are left out."""
+        """All cells of the table; rows that a concept cannot have (see `lacks`) are left out."""
         request = self.request
         return [
             self.cell(row, concept, seed)
             for seed in request.seeds
             for concept in request.concepts
             for row in request.table.rows
-            if row.source != "published"
-            if row.source != "captions" or concept.captions.get(row.captions)
+            if row.source != "published" and lacks(row, concept) is None
         ]
 
     def cell(self, row: Row, concept: Concept, seed: int) -> Cell:
@@ -201,7 +200,7 @@ class Planner:
             "pictures": concept.content(options.pictures),
             "kind": concept.kind,
             "init_word": concept.init_word if options.init_word is None else options.init_word,
-            "options": dataclasses.asdict(options),
+            "options": what_is_learned(options, concept.kind),
             "seed": seed,
         }
         return Training(Unit("train", plain(settings)), concept, options, seed)
@@ -215,7 +214,7 @@ class Planner:
         first = seed * SEED_STRIDE
         settings = {
             "version": VERSION,
-            "weights": self.weights,
+            "weights": self.drawn_with,
             "words": [[word.training.unit.key, word.step, word.name] for word in words],
             "prompts": [list(texts) for texts in prompts],
             "count": request.pictures,
@@ -243,6 +242,22 @@ class Planner:
         }
         pictures = second.pictures[: options.pictures] if second else ()
         return Scoring(Unit("score", plain(settings)), drawing, texts, concept.pictures[:count], pictures, table)
+
+
+def model_fingerprint(path: str | Path) -> list[str | None]:
+    """Hashes of a model's weights and of the config beside them, with which pictures are drawn."""
+    files = find_model_files(path)
+    return [fingerprint(files.checkpoint), fingerprint(files.config) if files.config else None]
+
+
+def what_is_learned(options: TrainingOptions, kind: str) -> dict[str, Any]:
+    """The settings that a word of this kind depends on, besides those that `Planner.training` names by themselves."""
+    values = dataclasses.asdict(options)
+    values["learning_rate"] *= values.pop("learning_rate_factor")
+    if not values.pop("regularised"):
+        values["regularisation"] = 0.0
+    values.pop("templates" if kind == "style" else "style_templates")
+    return {key: value for key, value in values.items() if key not in ("pictures", "init_word")}
 
 
 def what_matters(sampling: Sampling) -> dict[str, Any]:
@@ -291,7 +306,7 @@ def check_request(request: Request) -> None:
     table = request.table
     learns = any(row.source == "word" for row in table.rows)
     named = any(row.source == "initial_word" or CLASS in str(row.prompts) for row in table.rows)
-    for concept in request.concepts:
+    for concept in (*request.concepts, *([request.second] if request.second else [])):
         if concept.init_word is None and (named or (learns and "init_word" not in request.model.training)):
             raise ValueError(
                 f"concept '{concept.label}' names no word to start from: write `init_word: ...` to its concept.yaml"
@@ -302,7 +317,21 @@ def check_request(request: Request) -> None:
         raise ValueError(f"{table.name} needs the concept '{table.second}' too")
 
 
-def missing_captions(request: Request) -> list[str]:
-    """Labels of the concepts that lack captions which the table's rows need."""
-    kinds: Iterable[str] = [row.captions for row in request.table.rows if row.source == "captions"]
-    return [c.label for c in request.concepts if any(not c.captions.get(kind) for kind in kinds)]
+def lacks(row: Row, concept: Concept) -> str | None:
+    """What of a row's needs a concept has not: its captions, or as many pictures; None if it has all."""
+    if row.source == "captions" and not concept.captions.get(row.captions):
+        return f"{row.captions} captions"
+    wanted = row.training.get("pictures")
+    if row.source == "word" and wanted is not None and wanted > len(concept.pictures):
+        return f"{wanted} pictures"
+    return None
+
+
+def left_out(request: Request) -> str:
+    """Which rows are left out for which concepts, for people; empty if none is."""
+    without: dict[str, list[str]] = {}
+    for row in request.table.rows:
+        for concept in request.concepts:
+            if what := lacks(row, concept):
+                without.setdefault(f"no {what}", []).append(concept.label)
+    return "; ".join(f"{what} of {', '.join(labels)}" for what, labels in without.items())

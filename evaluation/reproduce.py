@@ -13,7 +13,7 @@ from evaluation.emoji_concepts import concept_sets, write_concepts
 from evaluation.experiments import ModelSpec, Table, read_model, read_table
 from evaluation.figures import write_figure
 from evaluation.gallery import Exhibit, export_pictures, make_gallery
-from evaluation.plan import Cell, Planner, Request, check_request, missing_captions
+from evaluation.plan import Cell, Planner, Request, check_request, left_out
 from evaluation.report import write_report
 from evaluation.results import TableResult, collect
 from evaluation.tables import write_tables
@@ -157,9 +157,8 @@ def make_request(options: Options, table: Table, model: ModelSpec, store: Store)
     )
     check_concepts(concepts)
     check_request(request)
-    lacking = missing_captions(request)
-    if lacking:
-        log.warning("no captions for %s: their rows with captions are left out", ", ".join(lacking))
+    if missing := left_out(request):
+        log.warning("rows left out: %s", missing)
     return request
 
 
@@ -182,8 +181,11 @@ def find_concepts(
         raise FileNotFoundError(f"--concepts {source} is neither a folder nor one of {', '.join(sets)}{hint}")
     second = None
     if table.second:
-        at = None if chosen[0] in sets else Path(chosen[0]) / table.second
-        second = read_concepts(at.parent, [table.second])[0] if at else second_concept(table.second, store)
+        if chosen[0] in sets:
+            second = second_concept(table.second, store)
+        else:
+            kind = table.options.get("second_kind")
+            second = read_concepts(chosen[0], [table.second], known_words(table, model), kind)[0]
         concepts = [concept for concept in concepts if concept.label != table.second]
     return concepts, second
 
@@ -194,9 +196,15 @@ def read_folder(folder: str, names: Sequence[str] | None, table: Table, model: M
         from evaluation.dreambench_plus import read_dreambench_plus
 
         return read_dreambench_plus(folder, names)
-    words = {**model.init_words, **table.options.get("init_words", {})}
     prompts = table.options.get("prompts_by_kind", {})
-    return [with_prompts(concept, prompts, table) for concept in read_concepts(folder, names, words)]
+    return [
+        with_prompts(concept, prompts, table) for concept in read_concepts(folder, names, known_words(table, model))
+    ]
+
+
+def known_words(table: Table, model: ModelSpec) -> dict[str, str]:
+    """Words to start from, by folder name."""
+    return {**model.init_words, **table.options.get("init_words", {})}
 
 
 def second_concept(name: str, store: Store) -> Concept:

@@ -12,7 +12,7 @@ import numpy as np
 from evaluation.cells import Store
 from evaluation.claims import Finding, bootstrap_interval, check_claim, look_up_in
 from evaluation.experiments import Row, Table
-from evaluation.plan import Cell, Request, missing_captions
+from evaluation.plan import Cell, Request, left_out
 from evaluation.scoring import METRICS
 from evaluation.stats import FAILS, HOLDS, UNDECIDED, Bootstrap, Interval
 
@@ -100,7 +100,9 @@ def summarise(
     means = {key: bootstrap.mean(array) for key, array in values.items()}
     by_concept = {key: bootstrap.by_concept(array) for key, array in values.items()}
     missing = np.full((len(concepts), len(seeds)), math.nan)
-    for pair in {pair for said in (*table.claims, *table.measures) for pair in said.rows()} - set(values):
+    named = {pair for claim in table.claims for pair in claim.rows()}
+    named |= {pair for measure in table.measures for pair in measure.rows()}
+    for pair in named - set(values):
         values[pair], by_concept[pair] = missing, bootstrap.by_concept(missing)
     return TableResult(
         table=table,
@@ -171,9 +173,8 @@ def describe(request: Request) -> dict[str, str]:
     }
     if request.quick:
         facts["Quick form"] = f"steps x {model.quick.steps:g}, {request.pictures} pictures: for a first look only"
-    lacking = missing_captions(request)
-    if lacking:
-        facts["Without captions"] = ", ".join(lacking)
+    if missing := left_out(request):
+        facts["Rows left out"] = missing
     return facts
 
 

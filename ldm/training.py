@@ -87,8 +87,7 @@ def execute(plan: RunPlan) -> None:
         if plan.test and OmegaConf.select(plan.config, "data.params.test"):
             run_test(trainer, model, data)
     except cb.RunStopped as stop:
-        if trainer.is_global_zero:  # the others' plans may name another directory: they have started a moment later
-            log.warning("%s; go on with: python main.py -r %s", stop, plan.run_dir)
+        _say_how_to_go_on(stop, plan)
         raise KeyboardInterrupt from None
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
@@ -97,6 +96,12 @@ def execute(plan: RunPlan) -> None:
             raise
         what = "".join(str(error).splitlines()[1:2]).strip()
         raise ValueError(f"'{plan.resume}' is of another model than the config builds: {what}") from error
+
+
+@rank_zero_only
+def _say_how_to_go_on(stop: cb.RunStopped, plan: RunPlan) -> None:
+    """Said by the first process: the others' plans may name another directory, as they start a moment later."""
+    log.warning("%s; go on with: python main.py -r %s", stop, plan.run_dir)
 
 
 def _quieten() -> None:

@@ -20,15 +20,15 @@ import main
 from evaluation.cells import Store
 from evaluation.claims import Claim
 from evaluation.concepts import read_concepts
-from evaluation.experiments import read_model, read_table, read_yaml, table_names, training_options
-from evaluation.plan import Planner, Request, in_place_of_word
+from evaluation.experiments import TrainingOptions, read_model, read_table, read_yaml, table_names, training_options
+from evaluation.plan import Planner, Request, in_place_of_word, model_fingerprint, what_is_learned
 from evaluation.reproduce import Options, make_request, reproduce
 from evaluation.results import TableResult, summarise
 from evaluation.stats import HOLDS
 from evaluation.tables import to_csv, to_latex, to_markdown
 from evaluation.training_runs import overrides
 from evaluation.workshop import summary
-from ldm.resources import config_path
+from ldm.resources import config_path, resource_root
 from ldm.util import ConfigError
 from tests.test_scripts_sampling import ROOT, load
 from tests.tiny_evaluation import write_concept, write_concepts, write_judge, write_models_file
@@ -321,6 +321,62 @@ def test_prompts_of_each_source(world: Options):
     assert cells["set"].drawing is None
     for cell in cells.values():
         assert cell.scoring.texts == ("a photo of", "on the beach", "two")
+
+
+def test_settings_without_effect_do_not_train_again():
+    plain = TrainingOptions(learning_rate=1e-3, templates="object")
+    same = [
+        dataclasses.replace(plain, regularisation=0.5),
+        dataclasses.replace(plain, style_templates="other"),
+        dataclasses.replace(plain, learning_rate=5e-4, learning_rate_factor=2.0),
+    ]
+    assert all(what_is_learned(options, "object") == what_is_learned(plain, "object") for options in same)
+    other = [
+        dataclasses.replace(plain, regularisation=0.5, regularised=True),
+        dataclasses.replace(plain, templates="paper"),
+        dataclasses.replace(plain, vectors=2),
+    ]
+    assert all(what_is_learned(options, "object") != what_is_learned(plain, "object") for options in other)
+    assert what_is_learned(same[1], "style") != what_is_learned(plain, "style")
+
+
+def test_rows_that_a_concept_cannot_have_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    concepts = write_concepts(tmp_path / "concepts")
+    options = Options(table="figure12", model="tiny", models_file=str(write_models_file(tmp_path)),
+                      concepts=str(concepts), store=str(tmp_path / "store"))  # fmt: skip
+    table = read_table("figure12")
+    request = make_request(options, table, read_model("tiny", options.models_file), Store(options.store))
+    assert max(len(concept.pictures) for concept in request.concepts) < 10
+    rows = {cell.row.name for cell in Planner(request).cells()}
+    assert "n1" in rows
+    assert not rows & {"n10", "n25"}
+    assert "no 25 pictures of cat, mug" in caplog.text
+
+
+def test_the_config_beside_the_weights_counts_for_pictures(tmp_path: Path):
+    for name in ("config.yaml", "model.safetensors"):
+        (tmp_path / name).write_bytes((resource_root() / "models/ldm/emoji64" / name).read_bytes())
+    before = model_fingerprint(tmp_path)
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text().replace("parameterization: v", "parameterization: eps"))
+    assert model_fingerprint(tmp_path) != before
+
+
+def test_a_second_concept_needs_a_word_to_start_from(tmp_path: Path):
+    concepts = write_concepts(tmp_path / "concepts")
+    ink = concepts / "ink"
+    ink.mkdir()
+    (ink / "a.png").write_bytes(next((concepts / "cat").glob("*.png")).read_bytes())
+    options = Options(table="composition", model="tiny", models_file=str(write_models_file(tmp_path)),
+                      concepts=str(concepts), store=str(tmp_path / "store"))  # fmt: skip
+    table = dataclasses.replace(read_table("composition"), second="ink")
+    model = read_model("tiny", options.models_file)
+    with pytest.raises(ValueError, match="'ink' names no word to start from"):
+        make_request(options, table, model, Store(options.store))
+    named = dataclasses.replace(model, init_words={"ink": "painting"})
+    request = make_request(options, table, named, Store(options.store))
+    assert request.second is not None
+    assert (request.second.kind, request.second.init_word) == ("style", "painting")
 
 
 def test_captions_bring_their_own_article():
