@@ -169,30 +169,52 @@ def read_samples(folder: str | Path) -> Iterator[Sample]:
 # ------------------------------------------------------------------------------------------------------- ratings
 
 
-def read_ratings(path: str | Path) -> dict[str, Ratings]:
+def read_ratings(path: str | Path, method: str | None = None) -> dict[str, Ratings]:
     """Ratings {"cp": ..., "pf": ...} of a folder or file.
 
-    A folder has `cp/` and `pf/` with one JSON per item ({collection_id, prompt_index, score}) in any folders (repeats),
-    or `cp.json` and `pf.json` ({"<collection>-<prompt>": score}). A file holds {"<collection>-<prompt>": [cp, pf]}, as
-    people's ratings are published.
+    A folder has `cp/` and `pf/` with one JSON per item ({method, collection_id, prompt_index, score}) in any
+    folders (repeats), or `cp.json` and `pf.json` ({"<collection>-<prompt>": score}). A file holds
+    {"<collection>-<prompt>": [cp, pf]}, as people's ratings are published. `method` picks one of several whose items lie
+    in one folder; raises `ValueError` if there are several and none is picked.
     """
     path = Path(path)
     if path.is_file():
-        pairs = _load(path)
-        return {kind: {_key(name): [int(pair[at])] for name, pair in pairs.items()} for at, kind in enumerate(KINDS)}
+        return _read_pairs(path)
     found: dict[str, Ratings] = {}
+    methods = set()
     for kind in KINDS:
         ratings: Ratings = {}
         merged = [path / f"{kind}.json"] if (path / f"{kind}.json").is_file() else []
         for file in [*merged, *sorted((path / kind).rglob("*.json"))]:
             values = _load(file)
             if "score" in values:
+                methods.add(str(values.get("method")))
+                if method not in (None, values.get("method")):
+                    continue
                 values = {f"{values['collection_id']}-{values['prompt_index']}": values["score"]}
             for name, score in values.items():
                 ratings.setdefault(_key(name), []).append(_score(score, file))
         found[kind] = ratings
+    if method is None and len(methods) > 1:
+        raise ValueError(
+            f"{path} holds ratings of several methods, {', '.join(sorted(methods))}: choose one (--method)"
+        )
     if not any(found.values()):
+        if methods:
+            raise ValueError(f"{path} holds no ratings of '{method}', only of {', '.join(sorted(methods))}")
         raise FileNotFoundError(f"{path} holds no ratings: neither {' nor '.join(f'{kind}/*.json' for kind in KINDS)}")
+    return found
+
+
+def _read_pairs(path: Path) -> dict[str, Ratings]:
+    found: dict[str, Ratings] = {kind: {} for kind in KINDS}
+    for name, pair in _load(path).items():
+        if not isinstance(pair, list) or len(pair) != len(KINDS):
+            raise ValueError(
+                f"{path}: '{name}' should have a pair [cp, pf]; a file of single scores goes into a folder, as cp.json"
+            )
+        for kind, score in zip(KINDS, pair, strict=True):
+            found[kind][_key(name)] = [_score(score, path)]
     return found
 
 
@@ -242,20 +264,34 @@ def averages(ratings: Mapping[str, Ratings]) -> dict[str, dict[str, float]]:
     return result
 
 
+def _rated(ratings: Mapping[str, Ratings], collection: str) -> dict[str, float]:
+    """Mean ratings of a collection's pictures, by kind, where there are some."""
+    rated = {}
+    for kind in KINDS:
+        own = [normalised(scores) for (name, _), scores in ratings[kind].items() if name == collection]
+        if own:
+            rated[kind] = sum(own) / len(own)
+    return rated
+
+
 def add_ratings(result: TableResult, request: Request, path: str | Path) -> TableResult:
-    """The table with the ratings as columns "cp" and "pf", and the averages by category among the facts."""
-    ratings = read_ratings(path)
-    records = []
-    for record in result.cells:
-        rated = {}
-        for kind in KINDS:
-            own = [normalised(scores) for (name, _), scores in ratings[kind].items() if name == record["concept"]]
-            if own:
-                rated[kind] = sum(own) / len(own)
-        records.append({**record, **rated})
-    facts = dict(result.facts)
+    """The table with the ratings as columns "cp" and "pf", and the averages by category among the facts.
+
+    The ratings of a row are those of the method of its name.
+    """
+    facts, records = dict(result.facts), []
+    published = result.table.options.get("published_by_group", {})
     names = {"cp": "Concept preservation", "pf": "Prompt following", "cp_pf": "Product of the two"}
-    for kind, groups in averages(ratings).items():
-        facts[names[kind]] = ", ".join(f"{group} {value:.3f}" for group, value in groups.items())
+    rows = list(dict.fromkeys(record["row"] for record in result.cells))
+    for row in rows:
+        ratings = read_ratings(path, row)
+        records += [{**record, **_rated(ratings, record["concept"])} for record in result.cells if record["row"] == row]
+        for kind, groups in averages(ratings).items():
+            theirs = published.get(row, {}).get(kind, {})
+            key = names[kind] if len(rows) == 1 else f"{names[kind]}, {row}"
+            facts[key] = ", ".join(
+                f"{group} {value:.3f}" + (f" (published {theirs[group]:.3f})" if group in theirs else "")
+                for group, value in groups.items()
+            )
     labels = [concept.label for concept in request.concepts]
     return summarise(result.table, records, labels, request.seeds, facts, result.total)

@@ -92,10 +92,10 @@ def caption_gap(model: Any, sprites: Sprites, count: int = 256, seed: int = 7, b
     losses: dict[str, list[float]] = {kind: [] for kind in CAPTIONS}
     for start in range(0, count, batch):
         rows = slice(start, min(start + batch, count))
-        posterior = model.encode_first_stage(pictures.images(rows))
-        latents = model.get_first_stage_encoding(posterior, torch.randn(posterior.mean.shape, generator=generator))
-        noise = torch.randn(latents.shape, generator=generator)
-        t = times[rows]
+        posterior = model.encode_first_stage(pictures.images(rows).to(model.device))
+        sampled, noise = (torch.randn(posterior.mean.shape, generator=generator) for _ in range(2))  # same anywhere
+        latents = model.get_first_stage_encoding(posterior, sampled.to(model.device))
+        noise, t = noise.to(model.device), times[rows].to(model.device)
         target, noisy = model.training_target(latents, noise, t), model.q_sample(latents, t, noise)
         for kind, change in CAPTIONS.items():
             texts = [change(pictures, i) for i in range(rows.start, rows.stop)]

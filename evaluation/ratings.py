@@ -29,7 +29,10 @@ log = logging.getLogger(__name__)
 SIDE = 512  # pixels of the pictures that are sent
 ATTEMPTS = 3
 PAUSE = 5.0  # seconds before the second attempt; twice that before the third
-REPLY = re.compile(r"\bscore\b\W*?(\d+)", re.IGNORECASE)
+GIVE_UP_AFTER = 5  # items in a row without a rating
+# "Score: 3", "**Score (0-4):** 3", "score: good 3", but no "3.5"
+REPLY = re.compile(r"\bscore\b[\s*_]*(?:\([^)]*\))?[\s*_]*:[\s*_]*(?:[a-z]+\s+)?(\d+)(?!\.?\d)", re.IGNORECASE)
+REFUSALS = (401, 403, 404)  # key or address are wrong: asking again changes nothing
 SCALE = """\
 Give one whole number:
 4 - excellent
@@ -71,6 +74,10 @@ End with a line of the form "Score: N" and write nothing after it.""",
 ACKNOWLEDGEMENT = "I will judge by these points alone and end with the line of the score."
 
 
+class Refused(ValueError):  # noqa: N818 - what the service did
+    """The service knows neither the key nor the address."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
     """Where to ask: an OpenAI-compatible service.
@@ -86,7 +93,10 @@ class Endpoint:
     timeout: float = 120.0
 
     def ask(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The reply to a conversation; raises `OSError` when the service does not answer as it should."""
+        """The reply to a conversation.
+
+        Raises `OSError` when the service does not answer as it should, and `Refused` when it never will.
+        """
         body = {"model": self.model, "messages": list(messages), "temperature": self.temperature, "max_tokens": 512}
         address = self.url.rstrip("/") + "/chat/completions"
         request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -98,7 +108,8 @@ class Endpoint:
             return str(answer["choices"][0]["message"]["content"])
         except urllib.error.HTTPError as error:
             said = error.read(300).decode(errors="replace")
-            raise OSError(f"{self.url} answered {error.code}: {said}") from error
+            kind = Refused if error.code in REFUSALS else OSError
+            raise kind(f"{self.url} answered {error.code}: {said}") from error
         except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
             raise OSError(f"{self.url} gave no chat completion ({error})") from error
 
@@ -148,17 +159,23 @@ def rate(
     """Rate all samples, `repeats` times; returns how many items could not be rated.
 
     Each rating is a file `<out>/<kind>/full<n>/<method>-<collection>-<prompt>.json`; what is there is not asked again.
+    Raises `Refused`, and `ConnectionError` after several failures in a row.
     """
     every = list(samples)
     jobs = [(kind, repeat, sample) for repeat in range(1, repeats + 1) for sample in every for kind in kinds]
     waiting = [(kind, sample, path) for kind, repeat, sample in jobs
                if not (path := rating_file(out, kind, repeat, method, sample)).is_file()]  # fmt: skip
-    failed, began = 0, time.monotonic()
+    failed, in_a_row, began = 0, 0, time.monotonic()
     for number, (kind, sample, path) in enumerate(waiting, start=1):
         found = rate_one(kind, sample, endpoint, sleep)
         if found is None:
-            failed += 1
+            failed, in_a_row = failed + 1, in_a_row + 1
+            if in_a_row == GIVE_UP_AFTER:
+                raise ConnectionError(
+                    f"{in_a_row} ratings failed one after the other; what was rated before is in {out}"
+                )
         else:
+            in_a_row = 0
             score, reply = found
             record = {"method": method, "collection_id": sample.collection, "prompt_index": sample.prompt}
             write_json(path, {**record, "score": score, "content": reply, "rater": endpoint.model})
@@ -181,6 +198,8 @@ def rate_one(kind: str, sample: Sample, endpoint: Endpoint, sleep: Callable[[flo
         try:
             reply = endpoint.ask(messages)
             return parse_score(reply), reply
+        except Refused:
+            raise
         except (OSError, ValueError) as error:
             log.warning("%s of %s, prompt %d: %s", kind, sample.collection, sample.prompt, error)
             if isinstance(error, OSError) and attempt < ATTEMPTS:

@@ -170,6 +170,8 @@ def read_answers(folder: str | Path, key: Mapping[str, Any]) -> list[dict[str, A
                 rank = {f"{question['kind']}_rank": float(count - place)}
                 at = int(answer["question"].partition(".")[2]) - 1
                 records.append({"row": row, "concept": file.stem, "seed": at, **rank})
+    if not records:
+        raise ValueError(f"{folder} holds files, but no answer in them")
     return records
 
 

@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", help="what the service calls its model")
     add("--key_env", metavar="NAME", help="environment variable that holds the key (default: no key)")
     add("--out", required=True, metavar="DIR|FILE", help="where the ratings are")
-    add("--method", default="textual_inversion", help="name of the method in the files (default: textual_inversion)")
+    add("--method", help="name of the method in the files (default: textual_inversion, or the only one that is there)")
     add("--kinds", nargs="+", default=["cp", "pf"], choices=("cp", "pf"), help="default: both")
     add("--repeats", type=int, default=3, metavar="N", help="ratings of each sample (default: 3, as published)")
     add("--averages_only", action="store_true", help="ask nothing, average what is there")
@@ -78,10 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from evaluation.ratings import Endpoint, rate
 
         endpoint = Endpoint(args.url, args.model, read_key(args.key_env))
+        args.method = args.method or "textual_inversion"
         failed = rate(read_samples(args.samples), endpoint, Path(args.out), args.kinds, args.repeats, args.method)
         if failed:
             print(f"{failed} ratings failed: run the command again to ask for them")
-    for kind, groups in averages(read_ratings(args.out)).items():
+    for kind, groups in averages(read_ratings(args.out, args.method)).items():
         print(f"{kind:6}", "  ".join(f"{group} {value:.3f}" for group, value in groups.items()))
 
 

@@ -187,8 +187,9 @@ def test_dreambench_plus_on_two_pictures(benchmark: Path, tmp_path: Path):
     result = reproduce(rated, learn_sculpture)
     assert result.intervals["cp", "textual_inversion"].mean == pytest.approx(0.5)
     assert result.intervals["pf", "textual_inversion"].mean == pytest.approx(0.75)
-    assert result.facts["Product of the two"] == "overall 0.375"
-    assert result.facts["Prompt following"].startswith("photorealistic 0.750, style 0.750, imaginative 0.750")
+    assert result.facts["Product of the two"] == "overall 0.375 (published 0.236)"
+    assert result.facts["Prompt following"].startswith("photorealistic 0.750 (published 0.671), style 0.750 (")
+    assert [found.mean for found in result.measures.values()] == pytest.approx([0.375])
 
 
 # -- ratings -------------------------------------------------------------------------------------------------------
@@ -233,6 +234,11 @@ def test_rating_files_of_every_form(tmp_path: Path):
     people = tmp_path / "people.json"
     people.write_text(json.dumps({"object_00_cup-3": [3, 2]}))
     assert read_ratings(people)["pf"] == {("object_00_cup", 3): [2]}
+    for bad, message in ((4, r"should have a pair \[cp, pf\]"), ([3, 9], "no integer from 0 to 4")):
+        people.write_text(json.dumps({"object_00_cup-3": bad}))
+        with pytest.raises(ValueError, match=message):
+            read_ratings(people)
+    people.unlink()
     (tmp_path / "pf.json").write_text(json.dumps({"object_00_cup-3": 5}))
     with pytest.raises(ValueError, match="no integer from 0 to 4"):
         read_ratings(tmp_path)
@@ -245,16 +251,29 @@ def test_rating_files_of_every_form(tmp_path: Path):
         category_of("thing_00_x")
 
 
+def test_ratings_of_several_methods_are_kept_apart(tmp_path: Path):
+    for method, score in (("ti", 0), ("db", 4)):
+        (tmp_path / "cp").mkdir(exist_ok=True)
+        item = {"method": method, "collection_id": "object_00_cup", "prompt_index": 3, "score": score}
+        (tmp_path / "cp" / f"{method}-object_00_cup-3.json").write_text(json.dumps(item))
+    assert read_ratings(tmp_path, "db")["cp"] == {("object_00_cup", 3): [4]}
+    with pytest.raises(ValueError, match="several methods, db, ti"):
+        read_ratings(tmp_path)
+    with pytest.raises(ValueError, match="no ratings of 'x', only of db, ti"):
+        read_ratings(tmp_path, "x")
+
+
 @pytest.mark.parametrize(
     ("reply", "score"),
     [("Score: 3", 3), ("It fits.\nscore: 0", 0), ("**Score:** 4", 4), ("Score: 2\nScore: 2", 2), ("Score is 1", None),
-     ("no idea", None), ("Score: 7", None), ("Score: 1 or Score: 2", None)],
+     ("no idea", None), ("Score: 7", None), ("Score: 1 or Score: 2", None), ("Score (0-4): 3", 3),
+     ("Score: Good 3", 3), ("Score: 3.5", None), ("Score: 4.", 4)],
 )  # fmt: skip
 def test_scores_in_replies(reply: str, score: int | None):
-    if score is None and "is" not in reply:
+    if score is None:
         with pytest.raises(ValueError, match="no single score"):
             parse_score(reply)
-    elif score is not None:
+    else:
         assert parse_score(reply) == score
 
 
@@ -262,6 +281,7 @@ class Rater(http.server.BaseHTTPRequestHandler):
     """A service that gives 3 for descriptions and 2 for pairs of pictures, after one failure."""
 
     failures = 1
+    code = 503
     requests: list[dict] = []  # noqa: RUF012
     keys: list[str] = []  # noqa: RUF012
 
@@ -271,7 +291,7 @@ class Rater(http.server.BaseHTTPRequestHandler):
         Rater.keys.append(self.headers.get("Authorization", ""))
         if Rater.failures:
             Rater.failures -= 1
-            self.send_error(503)
+            self.send_error(Rater.code)
             return
         parts = body["messages"][-1]["content"]
         score = 2 if parts[0]["type"] == "image_url" else 3
@@ -286,7 +306,7 @@ class Rater(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def service() -> Iterator[str]:
-    Rater.failures, Rater.requests, Rater.keys = 1, [], []
+    Rater.failures, Rater.code, Rater.requests, Rater.keys = 1, 503, [], []
     server = http.server.HTTPServer(("127.0.0.1", 0), Rater)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -323,6 +343,18 @@ def test_ratings_by_an_endpoint(service: str, samples: Path, tmp_path: Path):
     before = len(Rater.requests)
     rate(read_samples(samples), endpoint, out, repeats=2)
     assert len(Rater.requests) == before
+
+
+def test_a_service_that_will_not_answer_is_asked_no_more(service: str, samples: Path, tmp_path: Path):
+    endpoint, waits = Endpoint(service, "seer", key="wrong"), []
+    Rater.failures, Rater.code = 100, 401
+    with pytest.raises(ValueError, match="answered 401"):
+        rate(read_samples(samples), endpoint, tmp_path / "ratings", sleep=waits.append)
+    assert len(Rater.requests) == 1
+    Rater.code = 503
+    with pytest.raises(OSError, match="5 ratings failed one after the other"):
+        rate(read_samples(samples), endpoint, tmp_path / "ratings", sleep=waits.append)
+    assert waits == [5.0, 10.0] * 5
 
 
 def test_the_rating_command(service: str, samples: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
