@@ -174,8 +174,8 @@ def read_ratings(path: str | Path, method: str | None = None) -> dict[str, Ratin
 
     A folder has `cp/` and `pf/` with one JSON per item ({method, collection_id, prompt_index, score}) in any
     folders (repeats), or `cp.json` and `pf.json` ({"<collection>-<prompt>": score}). A file holds
-    {"<collection>-<prompt>": [cp, pf]}, as people's ratings are published. `method` picks one of several whose items lie
-    in one folder; raises `ValueError` if there are several and none is picked.
+    {"<collection>-<prompt>": [cp, pf]}, as people's ratings are published. `method` picks one of several whose items
+    lie in one folder; raises `ValueError` if there are several and none is picked.
     """
     path = Path(path)
     if path.is_file():
