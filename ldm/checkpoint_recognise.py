@@ -244,7 +244,9 @@ def _recognise_small(shapes: Shapes) -> ModelInfo:
     if any(key.startswith("lora_") or ".lora_" in key or "lora_A" in key for key in shapes):
         return ModelInfo("lora", "", "is a LoRA, which changes a model and is none itself")
     if tops & _EMBEDDING_KEYS or all(len(shape) in (1, 2) for shape in shapes.values()) and len(shapes) <= 2:
-        return ModelInfo("embedding", "", "is an embedding file; pass it as --embedding_path")
+        return ModelInfo(
+            "embedding", "", "is an embedding file: --embedding_path (of main.py: --embedding_manager_ckpt) takes it"
+        )
     if any(key.startswith(("down_blocks.", "conv_in.", "encoder.down_blocks.")) for key in shapes):
         return ModelInfo("diffusers", "", "has the key names of diffusers; use a file in the original layout")
     if "conditioner" in tops:

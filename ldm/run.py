@@ -55,6 +55,7 @@ class RunPlan:
     test: bool
     scale_lr: bool
     resume: Path | None  # checkpoint to continue from
+    fresh: bool  # whether `run_dir` is to be made by this run
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -102,6 +103,7 @@ def make_plan(args: Namespace, overrides: Sequence[str] = (), now: datetime.date
         test=not args.no_test,
         scale_lr=config.scale_lr,
         resume=checkpoint,
+        fresh=resumed_dir is None,
     )
 
 

@@ -36,6 +36,8 @@ def apply_flags(config: DictConfig, args: Namespace) -> None:
     if args.embedding_manager_ckpt:
         _set_model_param(config, "embedding_manager_ckpt", args.embedding_manager_ckpt, "--embedding_manager_ckpt")
     words, initial = list(args.placeholder_string or []), list(args.init_word or [])
+    if any(not word.strip() for word in initial):
+        raise ValueError("--init_word is empty: name a plain word to start from, such as dog")
     if OmegaConf.select(config, MANAGER) is None:
         for flag, given in (("placeholder_string", words), ("init_word", initial), ("concepts", args.concepts)):
             if given:
@@ -109,7 +111,15 @@ def _apply_word(config: DictConfig, words: Sequence[str], initial: Sequence[str]
 
 
 def _check_words(config: DictConfig) -> None:
-    """Raise `ConfigError` when captions have a word that the model does not learn."""
+    """Raise `ConfigError` when captions have a word that the model does not learn, or the reverse."""
+    ours = bool(OmegaConf.select(config, f"{MANAGER}.params.per_image_tokens"))
+    if "train" in _splits_that_take(config, "per_image_tokens"):
+        theirs = bool(OmegaConf.select(config, "data.params.train.params.per_image_tokens"))
+        if ours != theirs:
+            raise ConfigError(
+                f"per_image_tokens is {ours} in {MANAGER}.params, but {theirs} in data.params.train.params: set both "
+                "alike (configs/variants/per_image.yaml does)"
+            )
     words = OmegaConf.select(config, PLACEHOLDERS) or [DEFAULT_PLACEHOLDER]
     for split in SPLITS:
         params = OmegaConf.select(config, f"data.params.{split}.params") or {}

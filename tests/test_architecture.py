@@ -37,7 +37,7 @@ FLOORS: list[set[str]] = [
     {"ldm.models.diffusion"},
     {"ldm.convert", "ldm.generate", "ldm.run"},
     {"ldm.callbacks"},
-    {"ldm.training"},
+    {"ldm.training_callbacks"},
     {"ldm.training"},
     {"evaluation.metrics"},
     {"evaluation.scorer"},

@@ -29,6 +29,10 @@ class Manager(nn.Module):
         super().__init__()
         self.vector = nn.Parameter(torch.ones(3))
 
+    @property
+    def string_to_param_dict(self) -> dict[str, nn.Parameter]:
+        return {"*": self.vector}
+
     def embedding_parameters(self) -> Any:
         return self.parameters()
 

@@ -151,7 +151,7 @@ def test_files_without_a_state_dict_say_what_they_are(tmp_path: Path):
     cases = {
         tmp_path / "module.pt": "is a pickled torch.nn.modules.container.Sequential; save its state_dict",
         tmp_path / "empty.pt": "holds none of the known models",
-        END_TO_END / "embeddings_1vec.pt": "is an embedding file; pass it as --embedding_path",
+        END_TO_END / "embeddings_1vec.pt": "is an embedding file: --embedding_path",
     }
     for path, words in cases.items():
         with pytest.raises(CheckpointError, match=words):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ldm.data.moments_cache import cache_moments, concepts_of, obstacle
+from ldm.generate import latent_shape
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class MomentsCache(pl.Callback):
         if self.disabled or getattr(pl_module, "first_stage_key", None) != "image":
             self._complete = False
             return
+        for size in {part.loader.size for dataset in datasets.values() for part in concepts_of(dataset)} - {None}:
+            latent_shape(pl_module, size, size)  # says which sizes the model can take
         count = 0
         for split, dataset in datasets.items():
             done = self._cache(split, dataset, pl_module) if split in ("train", "validation") else 0

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from ldm.callbacks.images import ImageLogger
 from ldm.callbacks.report_page import curve, embed_images, escape, figure, page, table
-from ldm.callbacks.samples import SampleGrids
+from ldm.callbacks.samples import SampleGrids, prompts_for_words
 from ldm.callbacks.validation import BEST, METRIC, FixedValidation
 from ldm.checkpoint import atomic_path
 
@@ -90,7 +90,7 @@ class RunReport(pl.Callback):
         words = " and ".join(f"“{word}”" for word in pl_module.embedding_manager.placeholders)
         seen = figure(pictures[sheet], "The pictures as the model sees them") if sheet in pictures else ""
         sections = {
-            "Use it": self.command(pl_module),
+            "Use it": self.command(trainer, pl_module),
             "What it saw": seen,
             "How it went": self.losses(trainer),
             "What it draws": draw_grids(grids, pictures),
@@ -102,20 +102,19 @@ class RunReport(pl.Callback):
 
     # -- sections ------------------------------------------------------------------------------------------------
 
-    def command(self, pl_module: Any) -> str:
-        """The command that draws the word, ready to be copied."""
-        word = next(iter(pl_module.embedding_manager.placeholders))
+    def command(self, trainer: pl.Trainer, pl_module: Any) -> str:
+        """The command that draws each word, ready to be copied."""
         files = self.run_dir / "checkpoints"
         words = ["python", "scripts/txt2img.py"]
         weights = OmegaConf.select(self.config, "model.params.ckpt_path")
         if weights:
             config = self.run_dir / "configs" / f"{self.started}-project.yaml"
             words += ["--ckpt_path", str(weights), *(["--config", str(config)] if config.is_file() else [])]
-        words += ["--embedding_path", str(files / "embeddings.pt"), "--prompt", f"a photo of {word}"]
-        words += ["--ddim_steps", "50"]
+        words += ["--embedding_path", str(files / "embeddings.pt"), "--ddim_steps", "50", "--prompt"]
+        commands = [shlex.join([*words, prompt]) for prompt in prompts_for_words(trainer, pl_module)]
         best = files / BEST
         note = f"<p>The vectors with the best loss are in <code>{escape(best)}</code>.</p>" if best.is_file() else ""
-        return f"<pre>{escape(shlex.join(words))}</pre>{note}"
+        return f"<pre>{escape(chr(10).join(commands))}</pre>{note}"
 
     def losses(self, trainer: pl.Trainer) -> str:
         """The curves of both losses."""

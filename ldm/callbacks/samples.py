@@ -104,7 +104,8 @@ class SampleGrids(pl.Callback):
             return
         self.drawn_step = step
         began = time.perf_counter()
-        prompts = [prompt for prompt in self._filled(trainer, pl_module) for _ in range(self.count)]
+        filled = prompts_for_words(trainer, pl_module, self.prompts)
+        prompts = [prompt for prompt in filled for _ in range(self.count)]
         seeds = [self.seed + k for k in range(self.count)] * (len(prompts) // self.count)
         for kind, options in self.options.items():
             with undisturbed(pl_module, self.seed), trainer.precision_plugin.forward_context():
@@ -114,15 +115,16 @@ class SampleGrids(pl.Callback):
         self.last_seconds = time.perf_counter() - began
         self.seconds += self.last_seconds
 
-    def _filled(self, trainer: pl.Trainer, pl_module: Any) -> list[str]:
-        """The prompts for each word."""
-        datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
-        parts = concepts_of(datasets.get("train"))
-        words = {word_of(part): is_style(part) for part in parts} or dict.fromkeys(
-            pl_module.embedding_manager.placeholders, False
-        )
-        filled = []
-        for word, style in list(words.items())[:MOST_WORDS]:
-            default = "a painting in the style of {}" if style else "a photo of {}"
-            filled += [prompt.replace("{}", word) for prompt in self.prompts or [default]]
-        return filled
+
+def prompts_for_words(trainer: pl.Trainer, pl_module: Any, prompts: Sequence[str] | None = None) -> list[str]:
+    """`prompts` with each word (of many the first) in the place of `{}`; default: one that suits a thing or a style."""
+    datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
+    parts = concepts_of(datasets.get("train"))
+    words = {word_of(part): is_style(part) for part in parts} or dict.fromkeys(
+        pl_module.embedding_manager.placeholders, False
+    )
+    filled = []
+    for word, style in list(words.items())[:MOST_WORDS]:
+        default = "a painting in the style of {}" if style else "a photo of {}"
+        filled += [prompt.replace("{}", word) for prompt in prompts or [default]]
+    return filled

@@ -50,7 +50,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
         try:
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
-            raise ValueError(f"'{path}' is no checkpoint that a run of this code saved") from error
+            raise ValueError(
+                f"'{path}' is no checkpoint that a run of this code saved; -r takes a run directory or its last.ckpt, "
+                "and --embedding_manager_ckpt a file of words"
+            ) from error
         if not isinstance(checkpoint, dict) or "loops" not in checkpoint:
             raise ValueError(f"'{path}' holds weights but no state of a run; to start from it, pass it as --ckpt_path")
         return checkpoint
@@ -155,6 +158,8 @@ class LastCheckpoint(Checkpoint):
     def save(self, trainer: pl.Trainer) -> None:
         """Write `last.ckpt` now (all processes must call this together)."""
         began = time.monotonic()
+        trained = [p for o in trainer.optimizers for group in o.param_groups for p in group["params"]]
+        require_finite(trained, trainer.global_step, "weights")  # the last good checkpoint is worth more
         trainer.save_checkpoint(self.path)
         self.save_seconds = time.monotonic() - began
         self.saved_step, self.saved_at, self.save_requested = trainer.global_step, time.monotonic(), False

@@ -36,20 +36,31 @@ class SetupCallback(pl.Callback):
         self.lightning_config = lightning_config
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write directories and configs, once, in the first process only."""
+        """Write directories and, of a new run, the configs; in the first process only."""
         del pl_module
         if stage != "fit" or not trainer.is_global_zero:
             return
         folder = self.run_dir / "configs"
         for path in (folder, self.run_dir / "checkpoints"):
             path.mkdir(parents=True, exist_ok=True)
+        if not any(folder.glob("*.yaml")):
+            self._write(folder)
+        log.info("Run directory: %s", self.run_dir)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the configs of a run that goes on: once its checkpoint has shown that they fit."""
+        del pl_module
+        folder = self.run_dir / "configs"
+        if trainer.is_global_zero and not (folder / f"{self.started}-project.yaml").exists():
+            self._write(folder)
+
+    def _write(self, folder: Path) -> None:
         lightning = OmegaConf.create({"lightning": self.lightning_config})
         for name, config in (("project", self.config), ("lightning", lightning)):
             path = folder / f"{self.started}-{name}.yaml"
             unfinished = path.with_suffix(".tmp")  # a run killed here must still be resumable
             OmegaConf.save(config, unfinished)
             os.replace(unfinished, path)
-        log.info("Run directory: %s", self.run_dir)
 
 
 class ContactSheet(pl.Callback):
@@ -86,6 +97,10 @@ class CUDACallback(pl.Callback):
         self.reported = -math.inf
         self.started = 0.0
         self.steps = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock: a run that goes on within an epoch does not start it again."""
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.data.moments_cache import concepts_of
 from ldm.data.seeding import derive_seed
+from ldm.modules.encoders.text import split_at_placeholders
 
 log = logging.getLogger(__name__)
 
@@ -148,28 +149,36 @@ class GradientGuard(pl.Callback):
         self.initial: list[Tensor] | None = None
         self.first_step = 0
         self.checked = False
+        self.untouched: dict[str, nn.Parameter] = {}  # by word, those that no gradient has reached so far
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the vectors."""
         self.first_step = trainer.global_step
         self.initial = [p.detach().clone() for p in trained_vectors(pl_module)]
         self.checked = False
+        vectors: Any = pl_module.embedding_manager.string_to_param_dict  # type: ignore[union-attr]
+        self.untouched = {word: vectors[word] for word in vectors if vectors[word].requires_grad}
         if not self.initial:
             raise ValueError("the embedding manager has no vectors to train: name at least one placeholder string")
         datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
         known = {word.casefold() for word in pl_module.embedding_manager.placeholders}  # type: ignore[union-attr]
-        for word in (part.placeholder_token for part in concepts_of(datasets.get("train"))):
+        for part in concepts_of(datasets.get("train")):
+            word = part.placeholder_token
             if word.casefold() not in known:
                 raise ValueError(
                     f"the captions have the word '{word}', but the model learns {sorted(known)}; "
                     "the file of --embedding_manager_ckpt must hold the same words as --placeholder_string"
                 )
+            for caption in part.captions or ():
+                if not any(piece.placeholder for piece in split_at_placeholders(caption, [word])):
+                    raise ValueError(f"the caption '{caption}' has '{word}' only as a part of another word")
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Look at the gradients of the first step."""
+        """Look at the gradients of the first step, and which words have had any."""
         del optimizer
+        self.untouched = {w: p for w, p in self.untouched.items() if p.grad is None or not bool(p.grad.any())}
         if self.checked:
             return
         vectors = list(trained_vectors(pl_module))
@@ -207,6 +216,15 @@ class GradientGuard(pl.Callback):
         elif any(rates) and not scaled:
             raise ValueError(f"the vectors did not move in the first step although the learning rate is {rates[0]:g}")
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Name the words that learned nothing."""
+        del pl_module
+        if self.untouched and trainer.global_step > self.first_step:
+            log.warning(
+                "%s got no gradient in %d steps: was it in no caption?",
+                ", ".join(map(repr, self.untouched)), trainer.global_step - self.first_step,
+            )  # fmt: skip
+
 
 def trained_vectors(pl_module: pl.LightningModule) -> Iterator[nn.Parameter]:
     """The pseudo-word vectors that train."""
@@ -214,10 +232,10 @@ def trained_vectors(pl_module: pl.LightningModule) -> Iterator[nn.Parameter]:
     return (p for p in manager.embedding_parameters() if p.requires_grad)
 
 
-def require_finite(vectors: list[nn.Parameter], step: int) -> None:
-    """Raise `ValueError` when a vector holds a NaN or an infinity."""
-    if not all(bool(torch.isfinite(p).all()) for p in vectors):
+def require_finite(parameters: Sequence[Tensor], step: int, what: str = "vectors") -> None:
+    """Raise `ValueError` when a parameter holds a NaN or an infinity."""
+    if not all(bool(torch.isfinite(p).all()) for p in parameters):
         raise ValueError(
-            f"the vectors are not finite after step {step}: lower the learning rate, or raise the precision; "
-            "the embedding files of earlier steps are intact"
+            f"the {what} are not finite after step {step}: lower the learning rate, or raise the precision; "
+            "the files of earlier steps are intact"
         )

@@ -126,6 +126,11 @@ class FixedValidation(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the pictures, while the first stage is still there, and evaluate the start of a new run."""
         self.seconds = 0.0
+        if not self.disabled:
+            self._check_monitor(trainer)
+        if self.patience is not None and self.waited >= self.patience:
+            log.info("The run had stopped early; it goes on for at least %d more evaluations", self.patience)
+            self.waited = 0
         chosen = None if self.disabled else self._choose(trainer, pl_module)
         if chosen is None:
             return
@@ -145,9 +150,7 @@ class FixedValidation(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at another metric than the own one."""
-        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        measured_elsewhere = self.monitor == METRIC or any(self.monitor in getattr(c, "measures", ()) for c in others)
-        if self.disabled or trainer.sanity_checking or measured_elsewhere:
+        if self.disabled or trainer.sanity_checking or self.monitor in self._measured(trainer):
             return
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted([METRIC, *trainer.callback_metrics]))
@@ -159,6 +162,19 @@ class FixedValidation(pl.Callback):
         self._evaluate(trainer, pl_module)
         if self.best is not None and trainer.is_global_zero:
             log.info("Best %s %.5g, at step %d", self.monitor, self.best, self.best_step)
+
+    def _measured(self, trainer: pl.Trainer) -> list[str]:
+        """The metrics that callbacks measure: the own one, and others' that are passed to `consider`."""
+        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        return [METRIC, *(name for callback in others for name in getattr(callback, "measures", ()))]
+
+    def _check_monitor(self, trainer: pl.Trainer) -> None:
+        known = self._measured(trainer)
+        if self.monitor not in known and not trainer.enable_validation:
+            raise ValueError(
+                f"'{self.monitor}' is never measured, so no best vectors can be chosen by it: this run has no other "
+                f"validation (limit_val_batches, validation data); monitor one of {', '.join(known)}"
+            )
 
     # -- how -----------------------------------------------------------------------------------------------------
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+ENCODING = "utf-8-sig"  # with or without the mark that Windows programs put first
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+
+
+@contextlib.contextmanager
+def utf8(path: Path) -> Iterator[None]:
+    """Turn an error about bytes that are no UTF-8 into a `ValueError` that names the file."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text (byte {error.start}): save it as UTF-8") from error
+
+
+def read_text(path: Path) -> str:
+    """Text of a file; raises `ValueError` that names it when it is not UTF-8."""
+    with utf8(path):
+        return path.read_text(encoding=ENCODING)
 
 
 def read_captions(folder: Path, images: Sequence[Path], metadata: Path | None = None) -> dict[str, str]:
@@ -25,7 +42,7 @@ def read_captions(folder: Path, images: Sequence[Path], metadata: Path | None = 
         name = image.relative_to(folder).as_posix()
         side_car = image.with_suffix(".txt")
         if side_car.is_file():
-            captions[name] = side_car.read_text(encoding="utf-8").strip()
+            captions[name] = read_text(side_car).strip()
         elif name in rows:
             captions[name] = rows[name].strip()
     return captions
@@ -47,7 +64,7 @@ def read_metadata(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=ENCODING) as file, utf8(path):
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -61,6 +78,6 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding=ENCODING, newline="") as file, utf8(path):
         for number, row in enumerate(csv.DictReader(file), start=2):
             yield number, {key: value for key, value in row.items() if key is not None}

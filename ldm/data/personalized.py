@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.data.captions import read_captions
+from ldm.data.captions import read_captions, read_text
 from ldm.data.image import IMAGE_SUFFIXES, Colour, ImageLoader, alpha_plane, open_image, to_array
 from ldm.data.seeding import seeded
 from ldm.data.templates import (
@@ -172,9 +172,15 @@ class PersonalizedBase(Dataset):
             mask = open_image(path).convert("L")
             if mask.size != image.size:
                 raise ValueError(f"{path} has {mask.size} pixels, its picture {image.size}; make them the same")
-            return mask
+            return self._not_empty(mask, path)
         plane = alpha_plane(image) if self.masks in ("auto", "alpha") else None
-        return plane or Image.new("L", image.size, 255)
+        return (plane and self._not_empty(plane, self.image_paths[index])) or Image.new("L", image.size, 255)
+
+    @staticmethod
+    def _not_empty(mask: Image.Image, path: Path) -> Image.Image:
+        if mask.getbbox() is None:
+            raise ValueError(f"{path}: the mask is black all over, so nothing of the picture would count")
+        return mask
 
     def _read_captions(self, captions: str | Path) -> list[str]:
         """Return one caption per picture, each checked for the placeholder (`{}` in a caption stands for it)."""
@@ -216,7 +222,11 @@ def find_images(folder: Path, warn: bool = True) -> list[Path]:
             skipped.append(f"{path.name} ({problem})")
     if not images:
         found = f"only {', '.join(skipped)}" if skipped else "no file"
-        raise ValueError(f"{folder} holds no picture that can be read, {found}; put JPEG or PNG files there")
+        inside = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        hint = (
+            f"; it has folders ({', '.join(sorted(inside)[:3])}): --concepts learns a word for each" if inside else ""
+        )
+        raise ValueError(f"{folder} holds no picture that can be read, {found}; put JPEG or PNG files there{hint}")
     if skipped:
         log.log(logging.WARNING if warn else logging.INFO, "%s: skipped %s", folder, ", ".join(skipped))
     return images
@@ -262,7 +272,10 @@ def resolve_templates(templates: str | Path | Sequence[str] | None, default: str
                 f"templates '{templates}' is neither a file nor one of: {', '.join(TEMPLATE_SETS)}; a template file "
                 "has one sentence per line with {} for the placeholder"
             )
-        templates = path.read_text(encoding="utf-8").splitlines()
+        templates = read_text(path).splitlines()
+    wrong = [line for line in templates if not isinstance(line, str)]
+    if wrong:
+        raise ValueError(f"templates are sentences such as 'a photo of a {{}}', not {wrong[0]!r}")
     sentences = [line.strip() for line in templates if line.strip()]
     if not sentences:
         raise ValueError("templates has no sentence; give at least one, such as 'a photo of a {}'")

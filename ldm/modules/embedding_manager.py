@@ -10,7 +10,7 @@ import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,10 @@ class EmbeddingManager(nn.Module):
         names = [*(placeholder_strings or []), *(per_img_token_list if per_image_tokens else [])]
         if num_vectors_per_token < 1 or progressive_every < 1:
             raise ValueError("num_vectors_per_token and progressive_every must be at least 1")
+        if num_vectors_per_token >= embedder.max_length:
+            raise ValueError(
+                f"num_vectors_per_token {num_vectors_per_token}: a prompt has room for {embedder.max_length} tokens"
+            )
         if multi_token_init not in MULTI_TOKEN_INITS:
             raise ValueError(f"multi_token_init {multi_token_init!r} is unknown; known: {', '.join(MULTI_TOKEN_INITS)}")
         if published_clip_init and not hasattr(embedder, "embed_at_start"):
@@ -304,6 +308,26 @@ class EmbeddingManager(nn.Module):
         ]
 
     # --- files ------------------------------------------------------------------------------------------------------
+
+    def check_resumed(self, state: Mapping[str, Any], prefix: str, init_words: Mapping[str, str] | None) -> None:
+        """Raise `ValueError` where a run's checkpoint has other words, or other initial words, than this manager.
+
+        Its vectors would be left out, or go on under the name of a word that they did not start from.
+        """
+        prefix = f"{prefix}string_to_param_dict."
+        saved = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
+        own = {key for key, _ in self.string_to_param_dict.named_parameters()}
+        if saved != own:
+            raise ValueError(
+                f"the run learns {some_words(sorted(saved))}, not {some_words(sorted(own))}: a resumed run keeps its "
+                "words; to go on under another name, start a new run with --embedding_manager_ckpt"
+            )
+        for name, word in (init_words or {}).items():
+            if self.init_words.get(name) != word:
+                raise ValueError(
+                    f"{name!r} started from {word!r}, not from {self.init_words.get(name)!r}: the initial word of a "
+                    "resumed run cannot change; start a new run for that"
+                )
 
     def save(
         self,

@@ -19,6 +19,8 @@ from ldm.protocols import TextEncoder
 from ldm.util import FIRST_STAGE_ALIAS, UNCONDITIONAL_ALIAS, ConfigError, freeze, instantiate_from_config
 
 logger = logging.getLogger(__name__)
+WORDS = "embedding_manager."  # prefix of the words' keys in a state dict
+INITIAL_WORDS = "initial_words"  # entry of a checkpoint
 
 __all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion", "LatentInpaintDiffusion", "Layout2ImgDiffusion"]
 
@@ -300,11 +302,18 @@ class LatentDiffusion(DDPM):
             groups.append({"params": self.trainable_parameters(), "lr": self.model_lr})
         return groups
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other words than this model's."""
+        if self.embedding_manager is not None:
+            self.embedding_manager.check_resumed(checkpoint["state_dict"], WORDS, checkpoint.get(INITIAL_WORDS))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep frozen weights out of an inversion's checkpoint."""
+        """Keep frozen weights out of an inversion's checkpoint, and say which words it started from."""
+        if self.embedding_manager is not None:
+            checkpoint[INITIAL_WORDS] = dict(self.embedding_manager.init_words)
         if self.inverts:
             state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {k: v for k, v in state.items() if k.startswith("embedding_manager.")}
+            checkpoint["state_dict"] = {k: v for k, v in state.items() if k.startswith(WORDS)}
 
     @torch.no_grad()
     def log_images(
