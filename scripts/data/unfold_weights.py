@@ -4,7 +4,7 @@ The network of the new config has one more level around those of the old one. Wh
 embedding, the old levels on both ways, the middle, first stage and text encoder; the new outer level starts afresh.
 
 Example:
-    python scripts/data/unfold_weights.py models/ldm/emoji64/model.safetensors configs/emoji/ldm_text.yaml \\
+    python scripts/data/unfold_weights.py data/emoji/folded.safetensors configs/emoji/ldm_text.yaml \\
         data/emoji/unfolded.safetensors
     python main.py --base configs/emoji/ldm_text.yaml -t --ckpt_path data/emoji/unfolded.safetensors
 """
