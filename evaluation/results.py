@@ -162,6 +162,9 @@ def describe(request: Request) -> dict[str, str]:
     """What a table was made with, for people."""
     model = request.model
     sampling, training = model.sampling, model.training
+    if request.quick:
+        sampling = {**sampling, **model.quick.sampling}
+        training = {**training, **{k: model.quick.scaled(v) for k, v in training.items() if k == "steps"}}
     facts = {
         "Model": model.label,
         "Judge": ", ".join(model.judges.values()) + " (raw cosines unless a scale is named)",
@@ -172,7 +175,7 @@ def describe(request: Request) -> dict[str, str]:
         "Training": ", ".join(f"{key} {value}" for key, value in training.items()),
     }
     if request.quick:
-        facts["Quick form"] = f"steps x {model.quick.steps:g}, {request.pictures} pictures: for a first look only"
+        facts["Quick form"] = "fewer concepts, seeds, steps and pictures: for a first look only"
     if missing := left_out(request):
         facts["Rows left out"] = missing
     return facts
