@@ -140,11 +140,17 @@ def test_sizes_follow_the_picture_or_the_flags(model, tmp_path: Path):
         size(width=42)
 
 
-def test_pictures_of_the_embedded_model_keep_its_size():
-    """Its first stage folds the latent once more, which counts as pixels too."""
+@pytest.mark.parametrize(("fold", "latent"), [(1, (4, 16, 32)), (2, (16, 8, 16))])
+def test_pictures_of_the_embedded_model_keep_its_size(fold: int, latent: tuple[int, int, int]):
+    """A first stage that folds the latent makes it smaller once more, which counts as pixels too."""
+    config = without_files(load_config("configs/finetune.yaml")["model"])
+    params = config["params"]
+    params |= {"channels": 4 * fold**2, "image_size": 16 // fold}
+    params["first_stage_config"]["params"]["fold"] = fold
+    params["unet_config"]["params"] |= {"in_channels": 4 * fold**2, "out_channels": 4 * fold**2}
     with torch.device("meta"):
-        embedded = instantiate_from_config(without_files(load_config("configs/finetune.yaml")["model"]))
-    assert latent_shape(embedded, 64, 128) == (16, 8, 16)
+        embedded = instantiate_from_config(config)
+    assert latent_shape(embedded, 64, 128) == latent
     assert fitting_size(embedded, 300, 300, SamplingOptions()) == (64, 64)
     assert fitting_size(embedded, 300, 150, SamplingOptions()) == (128, 64)
 

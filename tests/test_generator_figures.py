@@ -65,6 +65,7 @@ class Reader:
     """Stands for a model: its loss is 0 with the right caption and grows with every word that differs."""
 
     num_timesteps = 10
+    device = torch.device("cpu")
 
     def __init__(self, captions: list[str]) -> None:
         self.captions, self.seen = captions, 0
