@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ldm.cli import run_command
+from ldm.cli import add_debug_flag, run_command
 
 if TYPE_CHECKING:
     from ldm.modules.embedding_io import EmbeddingFile
@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="new name of a word; words that still share a name get a number")  # fmt: skip
     add("-sd", "--stable_diffusion", action="store_true",
         help="the files are for Stable Diffusion (not needed: it shows in the files)")  # fmt: skip
+    add_debug_flag(parser)
     return parser
 
 

@@ -63,6 +63,8 @@ def convert(
         raise CheckpointError("a diffusers folder holds one set of weights: choose live or ema")
     with open_checkpoint(source, variant) as file:
         names = chosen_names(file, weights)
+        if not names:
+            raise CheckpointError(f"{source} holds no weights of a model, so there is nothing to convert")
         if to_file:
             _write_file(file, names, dtype, target)
         else:

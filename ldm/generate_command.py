@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,14 +90,24 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="begin at pure noise; for models of v that were trained so")  # fmt: skip
 
 
+class Collect(argparse.Action):
+    """Gathers the values of a flag that is given several times; the first one takes the place of the default."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        """Add `values`."""
+        del parser
+        earlier = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if earlier is self.default else earlier), *values])
+
+
 def add_word_flags(parser: argparse.ArgumentParser, strength: str = "--strength") -> None:
     """Add the flags that `load_words_of` reads; it finds the strengths in `args.strength`."""
     group = parser.add_argument_group("learned words")
     add = group.add_argument
-    add("--embedding_path", nargs="+", default=[], metavar="FILE", help="files of learned words")
-    add("--rename", nargs="+", default=[], metavar="OLD=NEW",
+    add("--embedding_path", nargs="+", action=Collect, default=[], metavar="FILE", help="files of learned words")
+    add("--rename", nargs="+", action=Collect, default=[], metavar="OLD=NEW",
         help="other names for words; where several rename one word, the first is for the first file")  # fmt: skip
-    add(strength, nargs="+", type=float, default=[1.0], metavar="S",
+    add(strength, nargs="+", action=Collect, type=float, default=[1.0], metavar="S",
         help="1: the learned word, 0: the word it started from; for all files or each (default: 1)")  # fmt: skip
 
 
@@ -124,6 +135,8 @@ def parse_text_args(
     for flag in ("n_samples", "n_iter", "batch_size"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    if (getattr(args, "n_rows", None) or 0) < 0:
+        raise ValueError(f"--n_rows must be at least 0, got {args.n_rows}")
     return args
 
 
@@ -151,6 +164,8 @@ def load_words_of(model: Any, args: argparse.Namespace) -> list[str]:
         if args.rename:
             raise ValueError(f"--rename {args.rename[0]} needs --embedding_path")
         return []
+    if not all(map(math.isfinite, args.strength)):
+        raise ValueError(f"the strength of a word must be a number, got {args.strength}")
     words = load_words(model, args.embedding_path, parse_renames(args.rename), args.strength)
     args.embedding_sha256 = [fingerprint(path) for path in args.embedding_path]
     expected = getattr(args, "expected_words", [])

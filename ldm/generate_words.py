@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.modules.embedding_io import read_embeddings, some_words
+from ldm.modules.embedding_io import file_of_words, read_embeddings, some_words
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.text import split_at_placeholders
 from ldm.protocols import TextEncoder
@@ -84,5 +84,5 @@ def prompts_without_words(prompts: Sequence[str], words: Sequence[str]) -> list[
 
 
 def fingerprint(path: str | Path) -> str:
-    """First 16 hexadecimal digits of a file's SHA-256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    """First 16 hexadecimal digits of the SHA-256 of a file of words."""
+    return hashlib.sha256(file_of_words(path).read_bytes()).hexdigest()[:16]

@@ -150,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`."""
     args = build_parser().parse_args(argv)
     pairs = find_pairs(args.indir)
+    if Path(args.outdir).resolve() == Path(args.indir).resolve():
+        raise ValueError(f"--outdir {args.outdir} is --indir: the filled pictures would replace yours")
     from ldm.data.image import to_uint8
     from ldm.generate import load_model, save_png
 

@@ -18,6 +18,7 @@ from ldm.checkpoint_folder_config import config_of_folder, folder_configs
 from ldm.checkpoint_names import OPENCLIP
 from ldm.convert import convert
 from ldm.generate import find_model_files, load_model
+from ldm.modules.embedding_io import EmbeddingFile, write_embeddings
 from ldm.resources import config_path
 from ldm.util import instantiate_from_config
 from tests.checkpoint_files import assert_same
@@ -273,3 +274,11 @@ def test_the_command_converts(folders: dict[str, Path], tmp_path: Path, capsys: 
     with pytest.raises(CheckpointError, match="no published config has"):
         command().main([str(source), str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
+
+
+def test_a_file_of_words_is_no_model_to_convert(tmp_path: Path):
+    write_embeddings(EmbeddingFile({"*": torch.ones(1, 8)}), tmp_path / "cat.pt")
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(CheckpointError, match="cat.pt holds no weights of a model"):
+        convert(tmp_path / "cat.pt", tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").read_bytes() == b"precious"

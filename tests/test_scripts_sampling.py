@@ -16,6 +16,7 @@ from PIL import Image
 
 from ldm.cli import BAD_INPUT, INTERRUPTED, run_command
 from ldm.generate_files import read_settings
+from ldm.generate_words import fingerprint
 from tests.test_generate import word_file
 from tests.tiny_models import (
     TEXT_WEIGHTS,
@@ -376,3 +377,28 @@ def test_precisions_of_the_commands(inpainting_folder, text_folder, tmp_path):
         where[1] = text_folder
         call("txt2img", "--prompt", "a cat", "--steps", 1, "--n_samples", 1, "--outdir", tmp_path / precision, *where)
         assert (tmp_path / precision / "samples" / "a-cat_42.png").is_file()
+
+
+def test_flags_of_words_given_again_add_to_one_another():
+    command = load("txt2img")
+    words = ["--embedding_path", "cat.pt", "--embedding_path", "dog.pt", "mug.pt", "--rename", "*=<cat>", "--rename",
+             "*=<dog>", "--prompt", "a *"]  # fmt: skip
+    args = command.parse_args(words)
+    assert args.embedding_path == ["cat.pt", "dog.pt", "mug.pt"]
+    assert args.rename == ["*=<cat>", "*=<dog>"]
+    assert args.strength == [1.0]
+    assert command.parse_args(words).embedding_path == args.embedding_path  # the default is not added to
+    with pytest.raises(ValueError, match="--n_rows must be at least 0"):
+        command.parse_args([*words, "--n_rows", "-1"])
+
+
+def test_a_folder_of_the_concepts_library_has_a_fingerprint(tmp_path: Path):
+    (tmp_path / "learned_embeds.bin").write_bytes(b"words")
+    assert fingerprint(tmp_path) == fingerprint(tmp_path / "learned_embeds.bin")
+
+
+def test_filled_pictures_never_replace_the_users(tmp_path: Path):
+    for name in ("dog.png", "dog_mask.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    with pytest.raises(ValueError, match="is --indir: the filled pictures would replace yours"):
+        load("inpaint").main(["--indir", str(tmp_path), "--outdir", str(tmp_path)])

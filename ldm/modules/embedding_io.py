@@ -95,11 +95,17 @@ def read_embeddings(path: str | Path) -> EmbeddingFile:
     return identify(path)[1]
 
 
-def identify(path: str | Path) -> tuple[str, EmbeddingFile]:
-    """As `read_embeddings`, with the name of the file's format before the words."""
+def file_of_words(path: str | Path) -> Path:
+    """The file that holds the words: `path` itself, or the one in a folder such as the concepts library's."""
     path = Path(path)
     if path.is_dir():
-        path = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path / FOLDER_FILES[0])
+        return next((path / name for name in FOLDER_FILES if (path / name).is_file()), path / FOLDER_FILES[0])
+    return path
+
+
+def identify(path: str | Path) -> tuple[str, EmbeddingFile]:
+    """As `read_embeddings`, with the name of the file's format before the words."""
+    path = file_of_words(path)
     if not path.exists():
         raise FileNotFoundError(f"no embedding file at {path}")
     try:
