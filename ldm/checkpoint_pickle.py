@@ -184,6 +184,8 @@ def _rebuild_from_type(args: tuple[Any, ...]) -> Any:
 
 def _encode(args: tuple[Any, ...]) -> Any:
     text, encoding = args
+    if not isinstance(text, str) or not isinstance(encoding, str):
+        raise BrokenPickleError("its index encodes something that is no text")
     if encoding not in ("latin1", "latin-1", "utf-8", "utf8", "ascii"):
         raise BrokenPickleError(f"its index holds bytes in the unknown encoding {encoding!r}")
     return text.encode(encoding)
@@ -250,6 +252,8 @@ def _persistent(reference: Any) -> Any:
         raise BrokenPickleError(f"its index refers to a storage of the unknown type {storage_type.path}")
     if len(reference) > 5 and reference[5] is not None:
         raise BrokenPickleError("it holds storage views, which only torch before 0.4 wrote")
+    if not isinstance(key, str | int):  # nested tuples that share their parts would be endless as text
+        raise BrokenPickleError("its index names a storage by something that is no name")
     return StorageRef(dtype, str(key), _check_size((numel,))[0])
 
 

@@ -254,6 +254,8 @@ def test_index_that_points_outside_its_numbers(tmp_path: Path, numel: int, offse
         b"\x80\x02]q\x00h\x00a.",  # a list that holds itself
         b"\x80\x02\x82\x01.",
         b"\x80\x02" + b"0" * 10 + b".",
+        # a storage whose name is a tuple of itself, 34 levels deep: 50 gigabytes as text
+        b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\nN" + b"2\x86" * 34 + b"X\x03\x00\x00\x00cpuK\x01tQ.",
     ],
 )
 def test_pickles_made_to_exhaust_or_confuse(tmp_path: Path, index: bytes):
