@@ -184,10 +184,8 @@ def _rebuild_from_type(args: tuple[Any, ...]) -> Any:
 
 def _encode(args: tuple[Any, ...]) -> Any:
     text, encoding = args
-    if not isinstance(text, str) or not isinstance(encoding, str):
-        raise BrokenPickleError("its index encodes something that is no text")
-    if encoding not in ("latin1", "latin-1", "utf-8", "utf8", "ascii"):
-        raise BrokenPickleError(f"its index holds bytes in the unknown encoding {encoding!r}")
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8", "utf8", "ascii"):
+        raise BrokenPickleError("its index holds bytes in an unknown encoding")
     return text.encode(encoding)
 
 
@@ -248,12 +246,10 @@ def _persistent(reference: Any) -> Any:
         return reference[1]
     kind, storage_type, key, _, numel = reference[:5]
     dtype = _STORAGE_DTYPES.get(storage_type.path.rpartition(".")[2])
-    if kind != "storage" or dtype is None:
-        raise BrokenPickleError(f"its index refers to a storage of the unknown type {storage_type.path}")
+    if kind != "storage" or dtype is None or not isinstance(key, str | int):
+        raise BrokenPickleError(f"its index has a nameless storage or the unknown type {storage_type.path}")
     if len(reference) > 5 and reference[5] is not None:
         raise BrokenPickleError("it holds storage views, which only torch before 0.4 wrote")
-    if not isinstance(key, str | int):  # nested tuples that share their parts would be endless as text
-        raise BrokenPickleError("its index names a storage by something that is no name")
     return StorageRef(dtype, str(key), _check_size((numel,))[0])
 
 
