@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,15 @@ def test_time_and_memory_per_epoch(caplog: pytest.LogCaptureFixture):
         assert caplog.text.count("steps/s, peak resident memory") == 1
         fit(Inversion(), cb.CUDACallback(every_n_seconds=0), steps=6)
         assert caplog.text.count("steps/s, peak resident memory") == 4
+
+
+def test_the_clock_of_a_run_that_goes_on_within_an_epoch_starts_with_it(caplog: pytest.LogCaptureFixture):
+    trainer, model = SimpleNamespace(global_step=5, current_epoch=0, is_global_zero=True, loggers=[]), Inversion()
+    clock = cb.CUDACallback()
+    clock.on_train_start(trainer, model)  # Lightning starts no epoch here
+    with caplog.at_level(logging.INFO):
+        clock.on_train_epoch_end(trainer, model)
+    assert "Epoch 0: 0.0 s" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------- checkpoint io

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from ldm.data.personalized import PersonalizedBase, find_images, resolve_templat
 from ldm.run import make_plan
 from ldm.training import reserve
 from tests.conftest import END_TO_END
-from tests.tiny_inversion import inversion, inversion_config, learn, vectors, words
+from tests.tiny_inversion import inversion, inversion_config, learn, words
 from tests.tiny_run import only_run, run_main, write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,8 +84,6 @@ def test_a_run_that_stopped_early_goes_on(tmp_path: Path):
     ],
 )
 def test_contradictions_are_refused_before_the_first_step(more: list[str], message: str, tmp_path: Path):
-    more = [f"lightning.callbacks.fixed_validation.params.{m.partition(MONITOR + '.')[2]}" if MONITOR in m else m
-            for m in more]  # fmt: skip
     with pytest.raises(ValueError, match=message):
         run_main(*words(inversion(tmp_path), tmp_path), *more)
     assert not list(tmp_path.glob("logs/*/checkpoints/*"))
@@ -116,7 +113,7 @@ def test_a_black_mask_is_named(tmp_path: Path):
 
 def test_folders_in_the_place_of_pictures_are_named(tmp_path: Path):
     pictures(tmp_path / "all" / "cat")
-    with pytest.raises(ValueError, match=r"--concepts learns a word for each folder in it \(cat\)|has folders \(cat\)"):
+    with pytest.raises(ValueError, match=r"has folders \(cat\): --concepts learns a word for each"):
         find_images(tmp_path / "all")
 
 
@@ -190,10 +187,3 @@ def test_a_run_that_cannot_start_leaves_no_directory(tmp_path: Path):
     with pytest.raises(ValueError, match="not in the text encoder's vocabulary"):
         run_main(*words(inversion(tmp_path), tmp_path), "--init_word", "☃☃")
     assert not (tmp_path / "logs").exists()
-
-
-def test_vectors_are_those_of_the_run(run: Path, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.INFO)
-    run_main("-r", run, "--max_steps", 3)
-    assert set(vectors(run)) == {"*"}
-    assert not any("steps/s" in r.getMessage() and float(r.args[1]) > 600 for r in caplog.records if r.args)  # type: ignore[arg-type,index]
