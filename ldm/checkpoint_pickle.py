@@ -18,9 +18,7 @@ from typing import Any, Protocol
 
 MAX_PICKLE_BYTES = 64 << 20  # the index of a checkpoint with optimiser states of 10,000 tensors takes a tenth of this
 MAX_OPCODES = 5_000_000
-MAX_EXPANDED_NUMEL = (
-    1 << 24
-)  # tensors that repeat their storage (stride 0) stay below this, lest a few bytes fill memory
+MAX_EXPANDED_NUMEL = 1 << 24  # items of a tensor that repeats its storage (stride 0), lest a few bytes fill memory
 
 # Classes of the standard library that Lightning checkpoints hold as plain settings; they become inert objects.
 _HARMLESS_STDLIB = ("collections.", "datetime.", "decimal.", "fractions.", "pathlib.", "typing.", "enum.", "uuid.")
@@ -260,9 +258,18 @@ class _Machine:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.copied = 0
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
+
+    def push_copy(self, value: Any) -> None:
+        """Push what was built out of values on the stack: a few bytes can ask for the same long copy many times."""
+        if isinstance(value, (str, bytes, list, tuple, dict)):
+            self.copied += len(value) if isinstance(value, (str, bytes)) else 16 * len(value)
+        if self.copied > MAX_PICKLE_BYTES:
+            raise BrokenPickleError(f"its index grows to more than {MAX_PICKLE_BYTES >> 20} MB when read")
+        self.push(value)
 
     def pop(self) -> Any:
         return self.stack.pop()
@@ -274,9 +281,6 @@ class _Machine:
     def pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.below.pop()
         return items
-
-    def drop_mark(self, _: Any) -> None:
-        self.pop_mark()
 
     def pop_any(self, _: Any) -> None:
         if self.stack:
@@ -325,18 +329,17 @@ class _Machine:
     def put(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
 
-    def memoize(self, _: Any) -> None:
-        self.put(len(self.memo))
-
     def stack_global(self, _: Any) -> None:
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise BrokenPickleError("its index is cut off or damaged")
+        if len(module) + len(name) > 4096:
+            raise BrokenPickleError("it names a class with more than 4,096 letters")
         self.push(Global(f"{module}.{name}"))
 
     def reduce(self, _: Any) -> None:
         args, function = self.pop(), self.pop()
-        self.push(_call(function, args))
+        self.push_copy(_call(function, args))
 
     def new_with_keywords(self, _: Any) -> None:
         self.pop()
@@ -344,19 +347,16 @@ class _Machine:
 
     def instance(self, path: str) -> None:
         args = tuple(self.pop_mark())
-        self.push(_call(Global(path.replace(" ", ".")), args))
+        self.push_copy(_call(Global(path.replace(" ", ".")), args))
 
     def obj(self, _: Any) -> None:
         function, *args = self.pop_mark()
-        self.push(_call(function, tuple(args)))
+        self.push_copy(_call(function, tuple(args)))
 
     def build(self, _: Any) -> None:
         state = self.pop()
         if isinstance(self.stack[-1], PickledObject):
             self.stack[-1].state = state
-
-    def persistent(self, _: Any) -> None:
-        self.push(_persistent(self.pop()))
 
 
 _PUSH_ARGUMENT = {
@@ -364,7 +364,7 @@ _PUSH_ARGUMENT = {
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
-_HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
+_HANDLERS: dict[str, Callable[[_Machine, Any], object]] = {
     **dict.fromkeys(_PUSH_ARGUMENT, _Machine.push),
     **dict.fromkeys(["PROTO", "FRAME", "STOP"], lambda machine, arg: None),
     **dict.fromkeys(["PUT", "BINPUT", "LONG_BINPUT"], _Machine.put),
@@ -387,14 +387,14 @@ _HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     "SETITEMS": _Machine.set_marked,
     "MARK": _Machine.mark,
     "POP": _Machine.pop_any,
-    "POP_MARK": _Machine.drop_mark,
+    "POP_MARK": lambda machine, _: machine.pop_mark(),
     "DUP": lambda machine, _: machine.push(machine.stack[-1]),
-    "MEMOIZE": _Machine.memoize,
+    "MEMOIZE": lambda machine, _: machine.put(len(machine.memo)),
     "GLOBAL": lambda machine, path: machine.push(Global(path.replace(" ", "."))),
     "STACK_GLOBAL": _Machine.stack_global,
     "NEWOBJ_EX": _Machine.new_with_keywords,
     "INST": _Machine.instance,
     "OBJ": _Machine.obj,
     "BUILD": _Machine.build,
-    "BINPERSID": _Machine.persistent,
+    "BINPERSID": lambda machine, _: machine.push(_persistent(machine.pop())),
 }

@@ -268,6 +268,26 @@ def test_pickles_made_to_exhaust_or_confuse(tmp_path: Path, index: bytes):
             read_state_dict(path)
 
 
+LONG_TEXT = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20)
+LONG_LIST = b"](" + b"N" * 100_000 + b"e"
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        b"\x80\x02](" + LONG_TEXT + b"q\x000" + b"c_codecs\nencode\nh\x00X\x05\x00\x00\x00ascii\x86R" * 2000 + b"e.",
+        b"\x80\x02](" + LONG_LIST + b"q\x000" + b"cbuiltins\nlist\nh\x00\x85R" * 2000 + b"e.",
+        b"\x80\x04](" + LONG_TEXT + b"q\x000" + b"h\x00h\x00\x93" * 2000 + b"e.",
+    ],
+)
+def test_a_long_value_copied_again_and_again(tmp_path: Path, index: bytes):
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", index)
+    with pytest.raises(CheckpointError, match="grows to more than 64 MB|more than 4,096 letters"):
+        read_state_dict(path)
+
+
 def test_compressed_foreign_and_oversized_archives(tmp_path: Path):
     path = tmp_path / "model.pt"
     good = tensor_pickle(4, 0, (4,), (1,))
