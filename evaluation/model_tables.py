@@ -133,7 +133,7 @@ def drawing_units(
 
 def draw_captions(model: Any, sampling: Sampling, jobs: Sequence[tuple[int, str]], folder: Path) -> None:
     """Draw the pictures of a unit that are not there yet."""
-    from ldm.generate import SamplingOptions, iter_images, save_png, to_uint8
+    from ldm.generate import SamplingOptions, iter_images, require_finite, save_png, to_uint8
 
     missing = [(number, text) for number, text in jobs if not (folder / f"{number:06}.png").is_file()]
     options = SamplingOptions(
@@ -144,6 +144,7 @@ def draw_captions(model: Any, sampling: Sampling, jobs: Sequence[tuple[int, str]
     for batch in iter_images(
         model, texts, seeds=seeds, options=options, batch_size=sampling.batch_size, precision=sampling.precision
     ):
+        require_finite(batch)
         for image in to_uint8(batch):
             number, text = next(left)
             save_png(image, folder / f"{number:06}.png", {"prompt": text, "seed": number})

@@ -95,7 +95,7 @@ class Workshop:
 
     def draw(self, job: Drawing, folder: Path) -> dict[str, Any]:
         """Draw the pictures that are not there yet."""
-        from ldm.generate import SamplingOptions, iter_images, save_png, to_uint8
+        from ldm.generate import SamplingOptions, iter_images, require_finite, save_png, to_uint8
 
         missing = [entry for entry in job.jobs() if not job.file(folder, *entry[:2]).is_file()]
         result = {"pictures": len(job.prompts) * job.count}
@@ -116,6 +116,7 @@ class Workshop:
         )
         left = iter(missing)
         for batch in batches:
+            require_finite(batch)
             for image in to_uint8(batch):
                 prompt, picture, text, seed = next(left)
                 save_png(image, job.file(folder, prompt, picture), {"prompt": text, "seed": seed})

@@ -20,14 +20,14 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which model a command loads, and where it runs."""
+def add_model_flags(parser: argparse.ArgumentParser, weights: str = "the model that comes along") -> None:
+    """Add the flags that say which model a command loads, by default `weights`, and where it runs."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--ckpt_path",
         "--ckpt",
         metavar="FILE|DIR",
-        help="weights (.ckpt, .safetensors), a model's folder or a run directory (default: the model that comes along)",
+        help=f"weights (.ckpt, .safetensors), a model's folder or a run directory (default: {weights})",
     )
     group.add_argument("--config", metavar="YAML", help="its config (default: found beside the weights or from them)")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")

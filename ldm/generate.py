@@ -12,7 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.generate_files import make_grid, open_npz, read_settings, save_grid, save_images, save_png, slug, to_uint8
+from ldm.generate_files import (
+    make_grid,
+    open_npz,
+    read_settings,
+    require_finite,
+    save_grid,
+    save_images,
+    save_png,
+    slug,
+    to_uint8,
+)
 from ldm.generate_model import (
     DEFAULT_MODEL,
     PRECISIONS,
@@ -47,6 +57,7 @@ __all__ = [
     "open_npz",
     "precision_context",
     "read_settings",
+    "require_finite",
     "sample_images",
     "save_grid",
     "save_images",

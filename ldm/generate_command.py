@@ -33,12 +33,14 @@ def text_parser(
     examples: str,
     *,
     size: str = "the model's own, 256 for LDM-1.4B",
+    weights: str = "the model that comes along",
     samplers: Sequence[str] = SAMPLERS,
     strength: str = "--strength",
 ) -> argparse.ArgumentParser:
     """Parser of a command that draws texts; it still lacks the defaults of `--outdir`, `--n_samples`, `--ddim_steps`.
 
-    `size` says how large pictures are by default, `strength` is the flag for the strength of learned words.
+    `size` says how large pictures are by default, `weights` which model draws them; `strength` is the flag for the
+    strength of learned words.
     """
     parser = argparse.ArgumentParser(
         prog=prog, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,7 +62,7 @@ def text_parser(
     add("--skip_save", action="store_true", help="write no single pictures")
     add_debug_flag(parser)
     _add_sampling_flags(parser, samplers)
-    add_model_flags(parser)
+    add_model_flags(parser, weights)
     _add_model_options(parser)
     add_word_flags(parser, strength)
     return parser
@@ -205,9 +207,14 @@ def sampling_options(args: argparse.Namespace) -> SamplingOptions:
 def prepare(args: argparse.Namespace) -> tuple[Any, list[str], SamplingOptions]:
     """The model with its learned words, the prompts, and how to sample."""
     prompts = read_prompts(args)
+    count = args.n_samples * args.n_iter * len(prompts or [""])
+    if args.skip_save and (args.skip_grid or count == 1):
+        raise ValueError("nothing would be saved: leave --skip_save" + " or --skip_grid" * args.skip_grid + " out")
     from ldm.generate import adjust_model, load_model
+    from ldm.generate_files import require_folder
     from ldm.protocols import TextEncoder
 
+    require_folder(args.outdir)
     options = sampling_options(args)  # what is wrong with the flags shows before a large model is loaded
     model = load_model(args.ckpt_path, args.config, device=args.device, precision=args.precision, size=args.H)
     if not isinstance(getattr(model, "cond_stage_model", None), TextEncoder):
@@ -235,7 +242,7 @@ def draw(
 
     `iterate(prompts, seeds=, batch_size=, precision=, verbose=)` yields pictures (b, 3, H, W), as `iter_images` does.
     """
-    from ldm.generate import save_images, to_uint8
+    from ldm.generate import require_finite, save_images, to_uint8
 
     count = args.n_samples * args.n_iter
     seeds = [args.seed + (k % args.n_samples if args.fixed_code else k) for k in range(count)]
@@ -249,6 +256,7 @@ def draw(
         precision=args.precision,
         verbose=True,
     ):
+        require_finite(images)
         batch = to_uint8(images)
         if not args.skip_save:
             made = jobs[len(pictures) : len(pictures) + len(batch)]

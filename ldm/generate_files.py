@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import unicodedata
 import zipfile
@@ -28,6 +29,22 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Pictures (B, C, H, W) in [-1, 1] as 8-bit levels (B, H, W, C): rounded and clipped; not-a-number is black."""
     levels = (images.detach().float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5
     return levels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, C)
+
+
+def require_finite(images: torch.Tensor) -> None:
+    """Raise ValueError for pictures with infinite or undefined levels, which would be written as black."""
+    if not images.isfinite().all():
+        raise ValueError("the picture has infinite or undefined numbers: take a lower --scale, or --precision full")
+
+
+def require_folder(path: str | Path) -> None:
+    """Raise OSError, in one sentence, where files could not be written to the folder `path`, which may be missing."""
+    path = Path(path)
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"cannot write to {path}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write to {path}: {there} may not be written to")
 
 
 def slug(text: str) -> str:
@@ -75,12 +92,12 @@ def save_images(images: np.ndarray, folder: str | Path, settings: Sequence[Mappi
     for image, values in zip(images, settings, strict=True):
         subject = values.get("prompt") or (f"class-{values['class_label']}" if "class_label" in values else "")
         stem = f"{slug(subject)}_{values['seed']}" if "seed" in values else slug(subject)
-        path = _free_path(Path(folder) / f"{stem}.png", values)
+        path = free_path(Path(folder) / f"{stem}.png", values)
         paths.append(save_png(image, path, values))
     return paths
 
 
-def _free_path(path: Path, settings: Mapping[str, Any]) -> Path:
+def free_path(path: Path, settings: Mapping[str, Any]) -> Path:
     """`path`, or with -2, -3, ... before its suffix, that is free or holds a picture of the same settings."""
     wanted = json.loads(json.dumps(dict(settings)))
     candidate, number = path, 1

@@ -236,7 +236,7 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 def _add_result(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", "-o", required=True, metavar="FILE", help="file to write")
     parser.add_argument("--name", metavar="WORD", help="name of the result (default: that of the first word)")
-    parser.add_argument("--base", metavar="CKPT", help="weights of the model that words of the vocabulary come from")
+    parser.add_argument("--base", metavar="CKPT", help="weights or folder of the model whose vocabulary is meant")
     _add_format(parser)
 
 
@@ -279,10 +279,11 @@ def vectors_of(term: str, base: str | None) -> tuple[str, Tensor]:
         raise ValueError(f"{prefix}{error}; write FILE::WORD") from error
 
 
-TABLES = (
+TABLES = (  # of the CLIP encoders, then of the BERT ones
     "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
     "cond_stage_model.model.token_embedding.weight",
     "cond_stage_model.transformer.token_emb.weight",
+    "cond_stage_model.embeddings.word_embeddings.weight",
 )
 
 
@@ -291,14 +292,15 @@ def vocabulary_vectors(word: str, base: str) -> Tensor:
     import torch
 
     from ldm.checkpoint import open_checkpoint
+    from ldm.generate_model import find_model_files
     from ldm.modules.encoders.bert import WordPieceTokenizer
     from ldm.modules.encoders.clip_tokenizer import CLIPTokenizer
 
-    with open_checkpoint(base) as file:
+    with open_checkpoint(find_model_files(base).checkpoint) as file:
         table = next((name for name in TABLES if name in file.tensors), None)
         if table is None:
             raise ValueError(f"{base} has no text encoder: --base is the whole model's file or folder")
-        tokenizer = WordPieceTokenizer() if table == TABLES[-1] else CLIPTokenizer(pad_token_id=0)
+        tokenizer = WordPieceTokenizer() if table in TABLES[2:] else CLIPTokenizer(pad_token_id=0)
         ids = tokenizer.encode(tokenizer.clean(word))
         if not ids:
             raise ValueError(f"::{word} holds no word")

@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_workers", type=int, default=1, help="processes that load pictures (default: %(default)s)"
     )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")
     parser.add_argument("--precision", choices=("full", "autocast"), default="full", help="autocast: bfloat16")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings in place of the config's")
     add_debug_flag(parser)
@@ -50,26 +51,39 @@ def main(argv: Sequence[str]) -> None:
 def encode(options: argparse.Namespace) -> None:
     """Encode the pictures and write moments and captions."""
     import torch
+    from omegaconf import OmegaConf
     from torch.utils.data import DataLoader, Subset
     from tqdm import tqdm
 
     from ldm.checkpoint import load_model_from_config
-    from ldm.data.latents import LatentWriter
+    from ldm.data.latents import INFO, LatentWriter
+    from ldm.generate import select_device
+    from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
     from ldm.run import apply_overrides
     from ldm.util import instantiate_from_config, read_yaml
 
     config: Any = read_yaml(options.config)
     apply_overrides(config, options.overrides)
-    model: Any = load_model_from_config(config, options.ckpt_path)
-    data: Any = instantiate_from_config(config.data.params[options.data])
+    entries = config.get("data", {}).get("params", {})
+    if options.data not in entries:
+        names = ", ".join(name for name in entries if OmegaConf.is_dict(entries[name])) or "none at all"
+        raise ValueError(f"{options.config} describes no data set '{options.data}' under data.params, but {names}")
+    if (options.out / INFO).exists():
+        raise FileExistsError(f"{options.out} is a finished folder of latents: delete it, or name another one")
+    device = select_device(options.device)
+    model: Any = load_model_from_config(config, options.ckpt_path, device=device)
+    data: Any = instantiate_from_config(entries[options.data])
     count = min(options.count or len(data), len(data))
     loader = DataLoader(Subset(data, range(count)), options.batch_size, num_workers=options.num_workers)
     writer: LatentWriter | None = None
     with torch.inference_mode():
         for batch in tqdm(loader, unit="batch"):
-            pictures = batch["image"].permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
-            with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "autocast"):
-                moments = model.encode(pictures).parameters  # (B, 2C, h, w)
+            pictures = batch["image"].permute(0, 3, 1, 2).contiguous().to(device)  # (B, 3, H, W)
+            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "autocast"):
+                posterior = model.encode(pictures)
+            if not isinstance(posterior, DiagonalGaussianDistribution):
+                raise ValueError(f"{options.config}: a {type(model).__name__} gives no Gaussian, so it has no moments")
+            moments = posterior.parameters  # (B, 2C, h, w)
             if writer is None:
                 writer = LatentWriter(options.out, count, moments.shape[1:]).__enter__()
             writer.add(moments, batch["caption"])

@@ -23,6 +23,10 @@ examples:
 """
 
 
+RECORDED = ("seed", "steps", "eta", "ckpt_path", "config", "precision")  # what a picture's metadata says
+TEXT_FLAGS = ("prompt", "negative_prompt", "scale", "embedding_path", "rename", "strength", "embedding_sha256")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Parser of the command line."""
     from ldm.cli import add_debug_flag
@@ -36,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--indir", required=True, metavar="DIR", help="folder with pairs NAME.png (or .jpg ...) and NAME_mask.png")
-    add("--outdir", required=True, metavar="DIR", help="where the filled pictures go, under the same names")
+    add("--outdir", required=True, metavar="DIR",
+        help="where the filled pictures go, under the same names; one made with other settings is kept")  # fmt: skip
     add("--steps", type=int, default=50, help="ddim steps (default: 50)")
     add("--eta", type=float, default=0.0, help="ddim: 0 adds no noise, 1 much (default: 0)")
     add("--seed", type=int, default=42, help="of the noise, the same for each picture (default: 42)")
@@ -103,6 +108,7 @@ def read_words(model: Any, args: argparse.Namespace) -> None:
     words = load_words_of(model, args)
     if args.prompt is None and not words:
         raise ValueError(f'{args.ckpt_path} fills by a text: say what, with --prompt "..."')
+    args.embedding_sha256 = getattr(args, "embedding_sha256", [])
     args.prompt = f"a photo of {words[0]}" if args.prompt is None else args.prompt
     check_words([args.prompt], words)
 
@@ -112,7 +118,7 @@ def fill(model: Any, image: np.ndarray, mask: np.ndarray, args: argparse.Namespa
     import numpy as np
     import torch
 
-    from ldm.generate import decode, first_stage_factor, precision_context
+    from ldm.generate import decode, first_stage_factor, precision_context, require_finite
     from ldm.models.diffusion.ddim import DDIMSampler
 
     # sizes that the networks cannot halve often enough grow at the right and the bottom, and are cut again
@@ -142,7 +148,9 @@ def fill(model: Any, image: np.ndarray, mask: np.ndarray, args: argparse.Namespa
         beside = cond["c_concat"][0] if takes_text(model) else cond
         shape = (model.channels, *beside.shape[2:])
         latent, _ = DDIMSampler(model).sample(args.steps, 1, shape, cond, **options)
-        filled = decode(model, latent)[0].permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
+        pictures = decode(model, latent)  # (1, 3, H, W)
+        require_finite(pictures)
+        filled = pictures[0].permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
     return image * (1 - mask) + np.clip(filled[:height, :width], -1, 1) * mask
 
 
@@ -154,7 +162,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--outdir {args.outdir} is --indir: the filled pictures would replace yours")
     from ldm.data.image import to_uint8
     from ldm.generate import load_model, save_png
+    from ldm.generate_files import free_path, require_folder
 
+    require_folder(args.outdir)
     model = load_model(args.ckpt_path, args.config, device=args.device, precision=args.precision)
     if takes_text(model):
         read_words(model, args)
@@ -163,12 +173,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.prompt is not None or args.embedding_path:
         raise ValueError(f"{args.ckpt_path} takes no text: it goes by the picture alone; leave --prompt and words out")
     model.first_stage_model.float()  # small, and it sees the picture itself
+    recorded = [*RECORDED, *(TEXT_FLAGS if takes_text(model) else ())]
     for picture, mask in pairs:
         filled = fill(model, *load_pair(picture, mask), args)
-        settings = {"seed": args.seed, "steps": args.steps, "eta": args.eta, "picture": picture.name}
-        if takes_text(model):
-            settings |= {"prompt": args.prompt, "negative_prompt": args.negative_prompt, "scale": args.scale}
-        print(save_png(to_uint8(filled), Path(args.outdir) / f"{picture.stem}.png", settings))
+        settings = {flag: getattr(args, flag) for flag in recorded} | {"picture": picture.name, "mask": mask.name}
+        path = free_path(Path(args.outdir) / f"{picture.stem}.png", settings)
+        print(save_png(to_uint8(filled), path, settings))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"-n {args.n_samples} and --batch_size {args.batch_size} must be at least 1")
     if args.resume is None:
         raise ValueError("say which model to draw from: -r FILE|DIR; --help has examples")
-    from ldm.generate import find_model_files, iter_images, load_model, open_npz, save_png, to_uint8
+    from ldm.generate import find_model_files, iter_images, load_model, open_npz, require_finite, save_png, to_uint8
     from ldm.protocols import Denoiser
 
     files = find_model_files(args.resume, args.config)
@@ -143,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             precision=args.precision,
             verbose=True,
         ):
+            require_finite(images)
             pictures = to_uint8(images)
             for image in pictures:
                 settings = dataclasses.asdict(options) | {"seed": args.seed + count}

@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Parser of the command line."""
     from scripts.txt2img import build_parser as txt2img_parser
 
-    parser = txt2img_parser("stable_txt2img.py", EXAMPLES)
+    parser = txt2img_parser("stable_txt2img.py", EXAMPLES, size="512", weights=DEFAULT_CKPT)
     parser.set_defaults(
         ckpt_path=DEFAULT_CKPT, ddim_steps=50, n_iter=2, n_samples=3, scale=7.5, H=512, W=512, precision="autocast"
     )

@@ -25,11 +25,13 @@ examples:
 """
 
 
-def build_parser(prog: str = "txt2img.py", examples: str = EXAMPLES) -> argparse.ArgumentParser:
-    """Parser of the command line, of this command or of one that adds to it."""
+def build_parser(prog: str = "txt2img.py", examples: str = EXAMPLES, **defaults: str) -> argparse.ArgumentParser:
+    """Parser of the command line, of this command or of one that adds to it and has other `defaults`."""
     from ldm.generate_command import text_parser
 
-    parser = text_parser(prog, "Draw pictures from texts, with learned words if embedding files are given.", examples)
+    parser = text_parser(
+        prog, "Draw pictures from texts, with learned words if embedding files are given.", examples, **defaults
+    )
     parser.set_defaults(outdir="outputs/txt2img-samples", n_samples=4, ddim_steps=200)
     parser.add_argument(
         "--fixed_code", action="store_true", help="the same noise each of n_iter times: seeds from --seed on again"

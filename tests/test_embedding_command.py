@@ -188,3 +188,17 @@ def test_arithmetic_adds_words_and_vocabulary(files: Path):
     save_safetensors({"model.diffusion_model.x": table[:2]}, files / "unet.safetensors")
     with pytest.raises(ValueError, match="has no text encoder"):
         run("arithmetic", *terms, "--base", files / "unet.safetensors", "-o", files / "z.pt")
+
+
+def test_arithmetic_with_the_vocabulary_of_the_model_that_comes_along(files: Path):
+    write_embeddings(EmbeddingFile({"*": torch.ones(1, 384)}), files / "mini.pt")
+    folder = ROOT / "models" / "ldm" / "emoji64"
+    terms = ["--term", 1, files / "mini.pt", "--term", 2, "::crown"]
+    run("arithmetic", *terms, "--base", folder, "-o", files / "x.pt")
+    from ldm.checkpoint import open_checkpoint
+    from ldm.modules.encoders.bert import WordPieceTokenizer
+
+    (token,) = WordPieceTokenizer().encode("crown")
+    with open_checkpoint(folder / "model.safetensors") as file:
+        crown = file.read("cond_stage_model.embeddings.word_embeddings.weight")[token].float()
+    assert torch.allclose(read_embeddings(files / "x.pt").vectors["*"], 1 + 2 * crown[None], atol=1e-6)

@@ -235,6 +235,9 @@ def foreign_files() -> dict[str, bytes]:
         "my-cat.onetrainer.safetensors": safetensors({"emp_params": SD, "emp_params_out": SD}, {"name": "my-cat"}),
         "my-cat.sdxl": safetensors({"clip_l": SD, "clip_g": second}),
         "my-cat.pti": safetensors({"text_encoders_0": SD, "text_encoders_1": second}),
+        "my-cat.clip_l": safetensors({"clip_l": SD}),
+        "my-cat.clip_h": safetensors({"clip_h": SD}),
+        "bundle-2.x.safetensors": safetensors({"bundle_emb.my-cat.clip_h": SD}),
         "bundle.safetensors": safetensors({"bundle_emb.my-cat.clip_l": SD, "bundle_emb.my-cat.clip_g": second}),
         "comfy.safetensors": safetensors({"bundle_emb.my-cat.string_to_param.*": SD, "lora_up": second}),
         "lora.safetensors": safetensors({"my-cat": SD, "unet.up": second}, {"my-cat": "<embed>"}),
@@ -242,9 +245,10 @@ def foreign_files() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", list(foreign_files()))
-def test_other_programs_files_are_read(tmp_path, name):
+def test_other_programs_files_are_read(tmp_path, name, caplog):
     (tmp_path / name).write_bytes(foreign_files()[name])
     assert same(read_embeddings(tmp_path / name), EmbeddingFile({"my-cat": SD}))
+    assert ("SDXL" in caplog.text) == ("sdxl" in name or name.endswith(".pti"))
 
 
 def test_a_single_vector_without_its_dimension(tmp_path):
@@ -352,6 +356,52 @@ def test_missing_and_oversized_files(tmp_path, monkeypatch):
     with pytest.raises(EmbeddingFileError, match="model checkpoint"):
         read_embeddings(tmp_path / "e.pt")
     assert embedding_io_file.MAX_FILE_BYTES > 1 << 20
+
+
+def test_words_in_a_large_lora_file(tmp_path, monkeypatch):
+    """Only the header and the words of such a file are read, so it may be larger than a file of words alone."""
+    path = tmp_path / "lora.safetensors"
+    save_file({"lora_up": torch.zeros(64, 64), "bundle_emb.<cat>.emb_params": SD.clone()}, path)
+    monkeypatch.setattr("ldm.modules.embedding_io.MAX_FILE_BYTES", 10_000)
+    assert same(read_embeddings(path), EmbeddingFile({"<cat>": SD}))
+    save_file({"lora_up": torch.zeros(64, 64)}, path)
+    with pytest.raises(EmbeddingFileError, match="model checkpoint"):
+        read_embeddings(path)
+
+
+def test_plain_pictures_hold_no_word(tmp_path):
+    """Also those with black columns, in which a hidden word's two halves would stand at their sides."""
+    rng = np.random.default_rng(0)
+    plain = rng.integers(1, 255, (700, 900, 3), dtype=np.uint8)
+    framed = plain.copy()
+    framed[:, 448:452] = 0
+    for name, pixels in {"plain.png": plain, "framed.png": framed}.items():
+        Image.fromarray(pixels).save(tmp_path / name)
+        with pytest.raises(EmbeddingFileError, match="a picture without a learned word"):
+            read_embeddings(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("x.safetensors", "a1111"), ("x.png", "original"), ("x.pt", "a1111-png"), ("x.json", "kohya"), ("x", "diffusers")],
+)
+def test_endings_that_promise_something_else(tmp_path, name, format):
+    with pytest.raises(EmbeddingFileError, match=r"ends in \.(pt|png|safetensors)"):
+        write_embeddings(EmbeddingFile({"*": SD}), tmp_path / name, format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_picture_is_not_replaced(tmp_path):
+    path = tmp_path / "cat.png"
+    Image.new("RGB", (8, 8)).save(path)
+    before = path.read_bytes()
+    with pytest.raises(EmbeddingFileError, match="there is a picture of that name"):
+        write_embeddings(EmbeddingFile({"*": SD}), path, "a1111-png")
+    assert path.read_bytes() == before
+    path.unlink()
+    for vectors in (SD, -SD):  # one with a word may be
+        write_embeddings(EmbeddingFile({"cat": vectors}), path, "a1111-png")
+        assert same(read_embeddings(path), EmbeddingFile({"cat": vectors}))
 
 
 def test_unknown_and_read_only_formats(tmp_path):

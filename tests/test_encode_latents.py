@@ -46,7 +46,7 @@ def test_folder_holds_the_moments_of_the_pictures(world: dict[str, object], tmp_
     stage: AutoencoderKL = instantiate_from_config(STAGE).eval()
     save_file(stage.state_dict(), tmp_path / "stage.safetensors")
     words = ["--config", config, "--ckpt_path", tmp_path / "stage.safetensors", "--out", tmp_path / "latents",
-             "--count", 5, "--batch_size", 3, "--num_workers", 0]  # fmt: skip
+             "--count", 5, "--batch_size", 3, "--num_workers", 0, "--device", "cpu"]  # fmt: skip
     command = load("encode_latents")
     command.main([*map(str, words), "data.params.train.params.seed=4"])
     latents = PrecomputedLatents(tmp_path / "latents")
@@ -59,3 +59,27 @@ def test_folder_holds_the_moments_of_the_pictures(world: dict[str, object], tmp_
         np.testing.assert_allclose(item["moments"], expected, atol=5e-3)  # stored in 16 bits
     with pytest.raises(ConfigError, match="sed"):
         command.main([*map(str, words), "data.params.train.params.sed=4"])
+    with pytest.raises(FileExistsError, match="finished folder of latents"):
+        command.main([*map(str, words)])
+    assert len(PrecomputedLatents(tmp_path / "latents")) == 5
+    words[words.index("--out") + 1] = tmp_path / "other"
+    with pytest.raises(ValueError, match="no data set 'validation' under data.params, but train"):
+        command.main([*map(str, words), "--data", "validation"])
+    config = write_config(tmp_path / "no_data.yaml", {"model": STAGE})
+    with pytest.raises(ValueError, match="no data set 'train' under data.params, but none at all"):
+        command.main([*map(str, [words[0], config, *words[2:]])])
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_first_stage_without_moments_is_refused(world: dict[str, object], tmp_path: Path):
+    stage = {"target": "ldm.models.autoencoder.VQModel",
+             "params": {**STAGE["params"], "n_embed": 8,
+                        "ddconfig": {**STAGE["params"]["ddconfig"], "double_z": False}}}  # fmt: skip
+    data = {"target": "ldm.data.emoji.EmojiCompositions", "params": world}
+    entry = {"target": "main.DataModuleFromConfig", "params": {"batch_size": 2, "train": data}}
+    config = write_config(tmp_path / "stage.yaml", {"model": stage, "data": entry})
+    save_file(instantiate_from_config(stage).state_dict(), tmp_path / "stage.safetensors")
+    words = ["--config", config, "--ckpt_path", tmp_path / "stage.safetensors", "--out", tmp_path / "latents"]
+    with pytest.raises(ValueError, match="a VQModel gives no Gaussian"):
+        load("encode_latents").main([*map(str, words), "--num_workers", "0", "--device", "cpu"])
+    assert not (tmp_path / "latents").exists()

@@ -339,6 +339,13 @@ def test_inpaint_keeps_what_is_not_masked(inpainting_folder, tmp_path):
     assert filled.shape == image.shape
     assert np.array_equal(filled[mask == 0], image[mask == 0])
     assert not np.array_equal(filled[mask == 255], image[mask == 255])
+    settings = read_settings(tmp_path / "out" / "odd.png")
+    assert settings["ckpt_path"] == str(inpainting_folder)
+    assert (settings["picture"], settings["mask"], settings["seed"]) == ("odd.png", "odd_mask.png", 42)
+    for seed in (42, 7):  # one with other settings is kept
+        call("inpaint", *where, "--steps", 2, "--ckpt_path", inpainting_folder, "--seed", seed)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["even-2.png", "even.png", "odd-2.png", "odd.png"]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "odd.png")), filled)
 
 
 def test_inpaint_does_not_see_what_is_masked(inpainting_folder, tmp_path):
@@ -377,6 +384,38 @@ def test_precisions_of_the_commands(inpainting_folder, text_folder, tmp_path):
         where[1] = text_folder
         call("txt2img", "--prompt", "a cat", "--steps", 1, "--n_samples", 1, "--outdir", tmp_path / precision, *where)
         assert (tmp_path / precision / "samples" / "a-cat_42.png").is_file()
+
+
+def test_what_would_save_nothing_is_refused_before_anything_is_loaded(text_folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    where = ["--prompt", "a cat", *QUICK, "--ckpt_path", text_folder]
+    for words, message in [
+        (["--outdir", tmp_path / "file"], "file is no folder"),
+        (["--outdir", tmp_path / "file" / "deeper"], "file is no folder"),
+        (["--outdir", tmp_path / "out", "--skip_save", "--skip_grid"], "leave --skip_save or --skip_grid out"),
+        (["--outdir", tmp_path / "out", "--skip_save", "--n_samples", 1], "leave --skip_save out"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=message):
+            call("txt2img", *where, "--ckpt_path", tmp_path / "missing.ckpt", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_pictures_that_are_no_numbers_are_not_saved(text_folder, tmp_path):
+    where = ["--prompt", "a cat", *QUICK, "--ckpt_path", text_folder, "--outdir", tmp_path / "out"]
+    with pytest.raises(ValueError, match="infinite or undefined numbers: take a lower --scale"):
+        call("txt2img", *where, "--scale", "1e38")
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_the_defaults_of_each_command(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # no line breaks
+    for name, weights, size in [
+        ("txt2img", "(default: the model that comes along)", "(default: the model's own, 256 for LDM-1.4B)"),
+        ("stable_txt2img", "(default: models/ldm/stable-diffusion-v1/model.ckpt)", "(default: 512)"),
+    ]:
+        text = " ".join(load(name).build_parser().format_help().split())
+        assert weights in text
+        assert f"height {size}" in text
 
 
 def test_flags_of_words_given_again_add_to_one_another():

@@ -95,7 +95,8 @@ def test_inpainting_fills_by_a_text_and_keeps_the_rest(folder: Path, tmp_path: P
     def fill(*words: object) -> np.ndarray:
         where = ("--indir", tmp_path / "in", "--outdir", tmp_path / "out", "--steps", 2, "--device", "cpu")
         command("inpaint").main([str(word) for word in (*where, "--ckpt_path", tmp_path, *words)])
-        return np.asarray(Image.open(tmp_path / "out" / "a.png"))
+        newest = max((tmp_path / "out").glob("a*.png"), key=lambda path: path.stat().st_mtime_ns)
+        return np.asarray(Image.open(newest))
 
     cat, words = fill("--prompt", "a cat"), ("--embedding_path", folder / "toy.pt")
     assert np.array_equal(cat[mask == 0], picture[mask == 0])

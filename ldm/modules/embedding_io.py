@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import logging
+import mmap
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+PICKLE_SUFFIXES = (".pt", ".bin", ".pth", ".ckpt")
 NOT_CLIP = (384, 1280)  # widths of encoders whose vectors mean nothing to programs for Stable Diffusion
 FOLDER_FILES = ("learned_embeds.safetensors", "learned_embeds.bin")  # of the concepts library, best first
 
@@ -75,6 +77,7 @@ FORMATS: dict[str, Format] = {
         "textual inversion's embeddings.pt", (".pt",), formats.read_original, formats.write_original, clip=False
     ),
     "sdxl": Format("a word for SDXL", (".safetensors", ".pti"), formats.read_sdxl),
+    "encoder": Format("a word under its encoder's name", (".safetensors", ".pt"), formats.read_encoder),
     "kohya": Format("kohya's emb_params", (".safetensors", ".pt"), formats.read_kohya, formats.write_kohya),
     "onetrainer": Format(
         "OneTrainer's emp_params", (".safetensors",), formats.read_onetrainer, formats.write_onetrainer
@@ -121,9 +124,8 @@ def identify(path: str | Path) -> tuple[str, EmbeddingFile]:
 
 
 def _read(path: Path) -> tuple[str, EmbeddingFile]:
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise EmbeddingFileError(f"it has {size:,} bytes, far more than learned words take; is it a model checkpoint?")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        return "bundle", _read_large(path)
     data = path.read_bytes()
     if data.startswith(png.SIGNATURE):
         contents = Contents(path, png.read_png(data))
@@ -141,7 +143,22 @@ def _read(path: Path) -> tuple[str, EmbeddingFile]:
     raise EmbeddingFileError(f"it holds no learned words in a known format ({', '.join(FORMATS)})")
 
 
-def _metadata(data: bytes) -> dict[str, str]:
+def _read_large(path: Path) -> EmbeddingFile:
+    """The words inside a LoRA file; nothing else that is so large holds any, and only its header and they are read."""
+    size, words = path.stat().st_size, None
+    with path.open("rb") as file:
+        if file.read(9)[8:] == b"{":
+            file.seek(0)
+            tree, starts = read_index(file, size)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                words = formats.read_bundle(Contents(path, tree, data, starts, _metadata(data)))
+    if words is None:
+        raise EmbeddingFileError(f"it has {size:,} bytes, far more than learned words take; is it a model checkpoint?")
+    _check(words)
+    return words
+
+
+def _metadata(data: bytes | mmap.mmap) -> dict[str, str]:
     """The free-form part of a safetensors header, which `read_index` has found to be sound; {} for other files."""
     if data[8:9] != b"{":
         return {}
@@ -177,6 +194,7 @@ def write_embeddings(words: EmbeddingFile, path: str | Path, format: str = "orig
         raise EmbeddingFileError(f"{path} was not written: {row.about} can only be read")
     try:
         _check(words)
+        _check_name(row, path)
         if row.clip and words.width in NOT_CLIP:
             raise EmbeddingFileError(
                 f"these vectors are for {WIDTHS[words.width]}, and {row.about} is for Stable Diffusion alone"
@@ -186,6 +204,15 @@ def write_embeddings(words: EmbeddingFile, path: str | Path, format: str = "orig
         raise EmbeddingFileError(f"{path} was not written: {error}") from error
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def _check_name(row: Format, path: Path) -> None:
+    """Raise `EmbeddingFileError` where the name's ending promises another kind of file, or a picture would be lost."""
+    allowed = row.suffixes if row.suffixes == (".png",) else tuple(dict.fromkeys((*row.suffixes, *PICKLE_SUFFIXES)))
+    if path.suffix.lower() not in allowed:
+        raise EmbeddingFileError(f"{row.about} is a file that ends in {', '.join(allowed)}, not in {path.suffix!r}")
+    if path.suffix.lower() == ".png" and path.is_file() and not png.carries_word(path.read_bytes()):
+        raise EmbeddingFileError("there is a picture of that name, which it would replace; choose another name")
 
 
 def merge(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Contents:
         self,
         path: Path,
         tree: Any,
-        data: bytes = b"",
+        data: bytes | mmap.mmap = b"",
         starts: Mapping[str, int] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:

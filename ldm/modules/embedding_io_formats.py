@@ -21,11 +21,13 @@ from ldm.modules.embedding_io_file import Contents, EmbeddingFile, EmbeddingFile
 logger = logging.getLogger(__name__)
 
 MAX_WORDS = 1000
-# Where the first encoder's vectors are in files for SDXL, which has two text encoders.
+# Where the first encoder's vectors are in files for SDXL, which has two text encoders, and where the second's.
 SDXL_KEYS = {"clip_l": "clip_g", "text_encoders_0": "text_encoders_1"}
+ENCODER_KEYS = ("clip_l", "text_encoders_0", "clip_h")  # of Stable Diffusion 1.x, 1.x and 2.x
 XTI_KEYS = {"IN01", "MID", "OUT11"}
 # Keys of single-word files; the word itself is in the metadata or is the file's name.
 KOHYA_KEY, ONETRAINER_KEY = "emb_params", "emp_params"
+BUNDLED = re.compile(r"bundle_emb\.(.+)\.(?:clip_l|clip_h|emb_params|emp_params|string_to_param\.\*)", re.DOTALL)
 WORD_METADATA = ("placeholder", "token", "name")
 
 
@@ -125,14 +127,19 @@ def write_a1111(words: EmbeddingFile, suffix: str) -> bytes:
 
 def read_sdxl(contents: Contents) -> EmbeddingFile | None:
     """Files with vectors for both of SDXL's encoders; the first one is Stable Diffusion 1.x's."""
+    flat = _flat(contents)
     for first, second in SDXL_KEYS.items():
-        value = _flat(contents).get(first)
-        if value is not None:
+        if first in flat and second in flat:
             logger.warning("%s is for SDXL: taking the vectors of its first text encoder", contents.path)
-            return EmbeddingFile({_word(contents): contents.vectors(value)}, info=_info(contents))
-        if second in _flat(contents):
+            return EmbeddingFile({_word(contents): contents.vectors(flat[first])}, info=_info(contents))
+        if second in flat and first not in flat:
             raise EmbeddingFileError("it only has vectors for SDXL's second text encoder, which no model here has")
     return None
+
+
+def read_encoder(contents: Contents) -> EmbeddingFile | None:
+    """One tensor under the name that ComfyUI has for its text encoder."""
+    return next((words for key in ENCODER_KEYS if (words := _read_single(contents, None, key)) is not None), None)
 
 
 def read_kohya(contents: Contents) -> EmbeddingFile | None:
@@ -169,7 +176,7 @@ def read_bundle(contents: Contents) -> EmbeddingFile | None:
     """Words that travel in a LoRA file, under `bundle_emb.WORD.*` or marked "<embed>" in the metadata."""
     vectors = {}
     for key, value in _flat(contents).items():
-        match = re.fullmatch(r"bundle_emb\.(.+)\.(?:clip_l|emb_params|emp_params|string_to_param\.\*)", key, re.DOTALL)
+        match = BUNDLED.fullmatch(key)
         word = match.group(1) if match else key if contents.metadata.get(key) == "<embed>" else None
         if word is not None:
             vectors[word] = contents.vectors(value)

@@ -23,21 +23,29 @@ KEYWORD = b"sd-ti-embedding"
 TENSOR_KEY = "TORCHTENSOR"
 MAX_JSON_BYTES = 64 << 20
 MAX_PIXELS = 16 << 20
+ZLIB_FIRST_BYTE = b"\x78"  # deflate with a window of 32 kB, at whatever level
 CARD = (512, 512)  # size of the picture that is written
 
 
 def read_png(data: bytes) -> dict[str, Any]:
     """The entries of a learned word in a PNG file, vectors as tensors: from its text chunk, else from its pixels."""
-    text = next((body for kind, body in _chunks(data) if kind == b"tEXt" and body.startswith(KEYWORD + b"\0")), None)
+    text = _text(data)
     try:
         raw = base64.b64decode(text[len(KEYWORD) + 1 :], validate=True) if text is not None else _hidden(data)
         tree = json.loads(raw)
+    except EmbeddingFileError:
+        raise
     except (binascii.Error, ValueError, RecursionError, zlib.error) as error:
         raise EmbeddingFileError("it is a picture whose learned word cannot be decoded") from error
     params = tree.get("string_to_param") if isinstance(tree, dict) else None
     if not isinstance(params, dict):
         raise EmbeddingFileError("it is a picture that carries something else than a learned word")
     return {**tree, "string_to_param": {word: _tensor(value) for word, value in params.items()}}
+
+
+def carries_word(data: bytes) -> bool:
+    """Whether a PNG file has a learned word in its text chunk."""
+    return _text(data) is not None
 
 
 def write_png(words: EmbeddingFile, suffix: str) -> bytes:
@@ -60,6 +68,10 @@ def _tensor(value: Any) -> Tensor:
         return torch.tensor(value[TENSOR_KEY], dtype=torch.float32)
     except (TypeError, KeyError, ValueError, RuntimeError, OverflowError) as error:
         raise EmbeddingFileError("it is a picture whose learned word is no table of numbers") from error
+
+
+def _text(data: bytes) -> bytes | None:
+    return next((body for kind, body in _chunks(data) if kind == b"tEXt" and body.startswith(KEYWORD + b"\0")), None)
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -88,10 +100,11 @@ def _hidden(data: bytes) -> bytes:
     if len(black) < 2:
         raise EmbeddingFileError("it is a picture without a learned word")
     low, high = (_unscramble(part) for part in (nibbles[:, : black.min()], nibbles[:, black.max() + 1 :]))
-    if low.shape != high.shape:
+    packed = (high << 4 | low).tobytes() if low.shape == high.shape else b""
+    if not packed.startswith(ZLIB_FIRST_BYTE):
         raise EmbeddingFileError("it is a picture without a learned word")
     decompressor = zlib.decompressobj()
-    raw = decompressor.decompress((high << 4 | low).tobytes(), MAX_JSON_BYTES)
+    raw = decompressor.decompress(packed, MAX_JSON_BYTES)
     if not decompressor.eof:
         raise EmbeddingFileError("it is a picture whose learned word is cut off or far too large")
     return raw
@@ -107,9 +120,11 @@ def _without_border(pixels: np.ndarray) -> np.ndarray:
 
 
 def _unscramble(block: np.ndarray) -> np.ndarray:
-    """Undo the xor with a linear congruential generator's numbers."""
-    state, keys = 0, np.empty(block.size, np.uint8)
-    for i in range(block.size):
-        state = (1664525 * state + 1013904223) % (1 << 32)
-        keys[i] = state % 255
-    return block ^ (keys.reshape(block.shape) & 0x0F)
+    """Undo the xor with the numbers of the linear congruential generator x <- a x + c (mod 2^32), from x = 0.
+
+    Its k-th number is c (1 + a + ... + a^(k-1)), and 32-bit integers wrap around as the generator does.
+    """
+    powers = np.full(block.size, 1664525, np.uint32)
+    powers[:1] = 1
+    states = np.uint32(1013904223) * powers.cumprod(dtype=np.uint32).cumsum(dtype=np.uint32)
+    return block ^ ((states % 255).astype(np.uint8).reshape(block.shape) & 0x0F)
