@@ -134,10 +134,18 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def shard(items: Sequence[T], group: Callable[[T], str], part: tuple[int, int]) -> list[T]:
-    """The items of part i of n; items of one group stay together, so that no two parts do the same work."""
+def shard(
+    items: Sequence[T], group: Callable[[T], str], part: tuple[int, int], weight: Callable[[T], int] = lambda item: 0
+) -> list[T]:
+    """The items of part i of n; items of one group stay together, so that no two parts do the same work.
+
+    Groups are dealt like cards, those with the heaviest items first, so that no part gets all of the hard work.
+    """
     index, count = part
-    groups = {key: number for number, key in enumerate(dict.fromkeys(group(item) for item in items))}
+    weights: dict[str, int] = {}
+    for item in items:
+        weights[group(item)] = max(weight(item), weights.get(group(item), 0))
+    groups = {key: number for number, key in enumerate(sorted(weights, key=lambda key: -weights[key]))}
     return [item for item in items if groups[group(item)] % count == index - 1]
 
 

@@ -69,7 +69,7 @@ def reproduce(options: Options, train: TrainCommand) -> TableResult:
         return reproduce_models(table, model, options, store)
     request = make_request(options, table, model, store)
     cells = Planner(request).cells()
-    mine = shard(cells, lambda cell: cell.group, options.part)
+    mine = shard(cells, lambda cell: cell.group, options.part, work_of)
     if not options.report_only:
         log.info("%s on %s: %d cells%s", table.name, model.name, len(cells), share(options, len(mine)))
         Workshop(model, store, train, options.device, options.weights).run(mine)
@@ -80,6 +80,11 @@ def reproduce(options: Options, train: TrainCommand) -> TableResult:
     if options.export:
         export_pictures(request, cells, store, Path(options.export))
     return result
+
+
+def work_of(cell: Cell) -> int:
+    """How much work a cell is, roughly: a word to learn and pictures to draw, pictures alone, neither."""
+    return 2 * bool(cell.trainings) + (cell.drawing is not None)
 
 
 def reproduce_models(table: Table, model: ModelSpec, options: Options, store: Store) -> TableResult:

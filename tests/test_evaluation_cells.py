@@ -102,6 +102,8 @@ def test_shards_part_the_work_and_keep_groups_together():
     groups = [{item[0] for item in part} for part in parts]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 7
     assert max(map(len, parts)) - min(map(len, parts)) <= 3
+    heavy = [shard("abcdefgh", str, (index, 2), weight="bdfh".count) for index in (1, 2)]
+    assert [sum(map("bdfh".count, part)) for part in heavy] == [2, 2]
     assert parse_shard("2/4") == (2, 4)
     for text in ("0/4", "5/4", "x", "1/", "-1/2"):
         with pytest.raises(ValueError, match="write i/n"):
