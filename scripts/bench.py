@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="tiny models: whether all works, no figures to compare")
     add("--rounds", type=int, metavar="N", help="calls of each contestant (default: 5, quick: 2)")
     add("--steps", type=int, metavar="N", help="steps of a picture (default: 50, quick: 2)")
-    add("--reference-steps", type=int, metavar="N", help="steps of the README's job (default: 500, quick: 2)")
+    add("--reference-steps", type=int, metavar="N", help="steps of the README's job (default: 125, quick: 2)")
     add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, on a busy machine")
     add("--no-memory", action="store_true", help="skip the processes that measure peak memory")
     add("--device", default="auto", help="cpu, cuda, cuda:1 or auto (default: auto)")
@@ -83,7 +83,7 @@ def chosen_cells(patterns: Sequence[str], reference: bool) -> list[tuple[str, st
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; counts that were not given follow from --quick."""
     args = build_parser().parse_args(argv)
-    for name, usual, quick in (("rounds", 5, 2), ("steps", 50, 2), ("reference_steps", 500, 2)):
+    for name, usual, quick in (("rounds", 5, 2), ("steps", 50, 2), ("reference_steps", 125, 2)):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

@@ -511,7 +511,7 @@ def test_every_shipped_table_is_documented():
 def test_shipped_models_are_sound(name: str):
     model = read_model(name)
     assert model.config_file.is_file()
-    assert training_options(model, None).steps >= 500
+    assert training_options(model, None).steps >= 100
     for prompts in model.prompts.values():
         assert all("*" in prompt for prompt in (prompts["reconstruction"], *prompts["editing"]))
 

@@ -154,7 +154,7 @@ def test_debiased(tmp_path: Path):
     usual = OmegaConf.load(config_path("finetune.yaml"))
     assert group["lr"] == pytest.approx(usual.data.params.batch_size * usual.model.base_learning_rate)
     (project,) = (path / "configs").glob("*-project.yaml")
-    assert OmegaConf.load(project).data.params.batch_size == 8
+    assert OmegaConf.load(project).data.params.batch_size == 32
 
 
 def test_editable(tmp_path: Path):

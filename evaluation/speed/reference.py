@@ -22,7 +22,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import freeze
 
 TEMPLATES = ("a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "the photo of a {}")
-PREVIEW_EVERY, PREVIEWS, PREVIEW_STEPS, PREVIEW_SCALE = 250, 4, 25, 3.0
+PREVIEW_EVERY, PREVIEWS, PREVIEW_STEPS, PREVIEW_SCALE = 50, 4, 25, 3.0
 
 
 def read_picture(path: Path, size: int) -> np.ndarray:
@@ -74,7 +74,7 @@ def preview(model: Any) -> Tensor:
     return model.decode_first_stage(x)
 
 
-def run(config: Any, weights: str | Path, data_root: str | Path, steps: int, batch: int = 4, size: int = 64) -> float:
+def run(config: Any, weights: str | Path, data_root: str | Path, steps: int, batch: int = 16, size: int = 64) -> float:
     """Learn a word in `steps` steps; returns the last loss."""
     random.seed(23)
     torch.manual_seed(23)
@@ -82,7 +82,7 @@ def run(config: Any, weights: str | Path, data_root: str | Path, steps: int, bat
     freeze(model.model)
     freeze(model.cond_stage_model)
     files = sorted(p for p in Path(data_root).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
-    optimizer = torch.optim.AdamW(model.embedding_manager.embedding_parameters(), lr=5e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.embedding_manager.embedding_parameters(), lr=1e-2, weight_decay=0.0)
     loss = 0.0
     for index in range(steps):
         loss = step(model, optimizer, files, batch, size)

@@ -52,7 +52,7 @@ class Plan:
     memory: bool = True
     clock: str = "wall"
     steps: int = 50
-    reference_steps: int = 500
+    reference_steps: int = 125
 
 
 def switched(model: Any, switch: str) -> Any:
