@@ -14,6 +14,7 @@ from PIL import Image
 
 from evaluation.cells import Store
 from evaluation.plan import Cell, Request
+from ldm.checkpoint import atomic_path
 from ldm.generate_files import make_grid, slug
 
 TILE = 96  # pixels of one picture in a strip
@@ -23,11 +24,17 @@ TRAINING = "training"
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """A label, the address of a picture (`data:...`), and what its tiles show."""
+    """A label, a picture in JPEG, what its tiles show, and the hash of the cell whose pictures they are."""
 
     label: str
-    picture: str
+    picture: bytes
     tiles: tuple[str, ...]
+    key: str | None = None
+
+    @property
+    def address(self) -> str:
+        """The picture as the text that HTML takes for one."""
+        return "data:image/jpeg;base64," + base64.b64encode(self.picture).decode()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,33 +45,60 @@ class Exhibit:
     strips: tuple[Strip, ...]
 
 
-def make_gallery(request: Request, cells: Sequence[Cell], store: Store, concepts: int = 3) -> list[Exhibit]:
-    """Strips of the first seed for the first concepts: training pictures, then each row that was drawn."""
+def make_gallery(
+    request: Request, cells: Sequence[Cell], store: Store, kept: Path | None = None, concepts: int = 3
+) -> list[Exhibit]:
+    """Strips of the first seed for the concepts that have most: training pictures, then each row that was drawn.
+
+    kept: folder of the table, with the strips of an earlier run.
+    """
+    drawn: dict[str, list[tuple[Cell, Path | None]]] = {concept.label: [] for concept in request.concepts}
+    for cell in cells:
+        if cell.drawing is None or cell.seed != request.seeds[0]:
+            continue
+        earlier = strip_file(kept, cell.scoring.unit.key) if kept else None
+        if store.is_done(cell.drawing.unit):
+            drawn[cell.concept.label].append((cell, None))
+        elif earlier and earlier.is_file():
+            drawn[cell.concept.label].append((cell, earlier))
     exhibits = []
-    for concept in request.concepts[:concepts]:
+    for concept in sorted(request.concepts, key=lambda concept: -len(drawn[concept.label]))[:concepts]:
         pictures = concept.pictures[:RECONSTRUCTIONS]
-        strips = [Strip("training pictures", picture_address(pictures), ("",) * len(pictures))]
-        for cell in cells:
-            if cell.concept is not concept or cell.seed != request.seeds[0] or cell.drawing is None:
-                continue
-            chosen = chosen_tiles(cell, store)
-            if chosen:
-                texts, files = zip(*chosen, strict=True)
-                strips.append(Strip(cell.row.label, picture_address(files), texts))
-        exhibits.append(Exhibit(concept.label.replace("_", " "), tuple(strips)))
+        strips = [Strip("training pictures", strip_picture(pictures), ("",) * len(pictures))]
+        for cell, earlier in drawn[concept.label]:
+            texts, files = zip(*chosen_tiles(cell, store), strict=True)
+            picture = earlier.read_bytes() if earlier else strip_picture(files)
+            strips.append(Strip(cell.row.label, picture, texts, cell.scoring.unit.key))
+        exhibits.append(Exhibit(concept.label, tuple(strips)))
     return [exhibit for exhibit in exhibits if len(exhibit.strips) > 1]
 
 
 def chosen_tiles(cell: Cell, store: Store) -> list[tuple[str, Path]]:
-    """(prompt, file) of some reconstructions and one picture of each prompt for editing; none until all are drawn."""
+    """(prompt, file) of some reconstructions and one picture of each prompt for editing."""
     assert cell.drawing is not None
-    if not store.is_done(cell.drawing.unit):
-        return []
     folder = store.folder(cell.drawing.unit)
     texts = cell.drawing.prompts
     chosen = [(texts[0][0], cell.drawing.file(folder, 0, k)) for k in range(min(RECONSTRUCTIONS, cell.drawing.count))]
     edits = range(1, min(len(texts), EDITS + 1))
     return chosen + [(texts[p][0], cell.drawing.file(folder, p, 0)) for p in edits]
+
+
+def strip_file(folder: Path, key: str) -> Path:
+    """Where a cell's strip is kept beside its table."""
+    return folder / "strips" / f"{key}.jpg"
+
+
+def save_strips(gallery: Sequence[Exhibit], folder: Path) -> None:
+    """Keep the strips beside the table, for reports that are written when the store is gone, and delete older ones."""
+    files = {}
+    for strip in (strip for exhibit in gallery for strip in exhibit.strips):
+        if strip.key is not None:
+            files[strip_file(folder, strip.key)] = strip.picture
+    for path, picture in files.items():
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(picture)
+    for path in set((folder / "strips").glob("*.jpg")) - set(files):
+        path.unlink(missing_ok=True)
 
 
 def export_pictures(request: Request, cells: Sequence[Cell], store: Store, folder: Path) -> Path:
@@ -93,12 +127,12 @@ def copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def picture_address(files: Iterable[Path]) -> str:
-    """One picture of several side by side, as the text that HTML takes for a picture."""
+def strip_picture(files: Iterable[Path]) -> bytes:
+    """One picture of several side by side, in JPEG."""
     tiles = []
     for file in files:
         with Image.open(file) as image:
             tiles.append(np.asarray(image.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC)))
     out = io.BytesIO()
     Image.fromarray(make_grid(np.stack(tiles), columns=len(tiles))).save(out, format="JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+    return out.getvalue()

@@ -197,7 +197,7 @@ def html_gallery(gallery: Sequence[Exhibit]) -> str:
         parts.append(f'<p class="soft small">From left to right: {escape("; ".join(listed))}</p>')
         parts += [
             f'<div class="strip"><span>{escape(strip.label)}</span>'
-            f'<img alt="{escape(strip.label)}" title="{escape(" | ".join(strip.tiles))}" src="{strip.picture}"></div>'
+            f'<img alt="{escape(strip.label)}" title="{escape(" | ".join(strip.tiles))}" src="{strip.address}"></div>'
             for strip in exhibit.strips
         ]
     return "\n".join(parts)

@@ -12,7 +12,8 @@ from evaluation.concepts import Concept, check_concepts, read_concepts
 from evaluation.emoji_concepts import concept_sets, write_concepts
 from evaluation.experiments import ModelSpec, Table, read_model, read_table
 from evaluation.figures import write_figure
-from evaluation.gallery import Exhibit, export_pictures, make_gallery
+from evaluation.gallery import Exhibit, export_pictures, make_gallery, save_strips
+from evaluation.kept import take_over
 from evaluation.plan import Cell, Planner, Request, check_request, left_out
 from evaluation.report import write_report
 from evaluation.results import TableResult, collect
@@ -69,6 +70,7 @@ def reproduce(options: Options, train: TrainCommand) -> TableResult:
         return reproduce_models(table, model, options, store)
     request = make_request(options, table, model, store)
     cells = Planner(request).cells()
+    take_over(cells, store, options.out_folder)
     mine = shard(cells, lambda cell: cell.group, options.part, work_of)
     if not options.report_only:
         log.info("%s on %s: %d cells%s", table.name, model.name, len(cells), share(options, len(mine)))
@@ -76,7 +78,7 @@ def reproduce(options: Options, train: TrainCommand) -> TableResult:
     result = collect(request, cells, store, {"Command": options.command} if options.command else {})
     if table.options.get("layout") == "dreambench_plus":
         result = finish_dreambench_plus(result, request, cells, store, options)
-    write_result(result, options.out_folder, gallery_of(request, cells, store))
+    write_result(result, options.out_folder, make_gallery(request, cells, store, options.out_folder))
     if options.export:
         export_pictures(request, cells, store, Path(options.export))
     return result
@@ -124,16 +126,8 @@ def write_result(result: TableResult, folder: Path, gallery: Sequence[Exhibit] =
     """Write the table in all formats, the figure and the report; returns the files."""
     figure = write_figure(result, folder / "figure.png")
     report = write_report(result, folder / "report.html", figure, gallery)
+    save_strips(gallery, folder)
     return [*write_tables(result, folder), *([figure] if figure else []), report]
-
-
-def gallery_of(request: Request, cells: Sequence[Cell], store: Store) -> list[Exhibit]:
-    """Pictures of the concepts whose cells are furthest on."""
-    finished = dict.fromkeys((concept.label for concept in request.concepts), 0)
-    for cell in cells:
-        finished[cell.concept.label] += store.is_done(cell.scoring.unit)
-    order = sorted(request.concepts, key=lambda concept: -finished[concept.label])
-    return make_gallery(dataclasses.replace(request, concepts=tuple(order)), cells, store)
 
 
 # ------------------------------------------------------------------------------------------------------- request

@@ -79,7 +79,7 @@ def collect(request: Request, cells: Sequence[Cell], store: Store, facts: Mappin
             record = {"row": cell.row.name, "concept": cell.concept.label, "seed": cell.seed}
             if cell.concept.category:
                 record["category"] = cell.concept.category
-            records.append(record | result["metrics"])
+            records.append(record | result["metrics"] | {"key": cell.scoring.unit.key})
     known = {**describe(request), **facts}
     return summarise(table, records, [c.label for c in request.concepts], request.seeds, known, len(cells))
 

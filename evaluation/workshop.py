@@ -55,6 +55,7 @@ class Workshop:
     def run(self, cells: Sequence[Cell], progress: Progress | None = None) -> None:
         """Do all that is missing. One kind of work after the other, so that only one model is in memory."""
         progress = progress or Progress(self.store)
+        cells = [cell for cell in cells if not self.store.is_done(cell.scoring.unit)]
         trainings = {job.unit.key: job for cell in cells for job in cell.trainings}
         drawings = {cell.drawing.unit.key: cell.drawing for cell in cells if cell.drawing is not None}
         scorings = {cell.scoring.unit.key: cell.scoring for cell in cells}

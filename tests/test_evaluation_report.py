@@ -12,7 +12,7 @@ from PIL import Image
 from evaluation.claims import Claim
 from evaluation.experiments import Row, Table, read_table
 from evaluation.figures import write_figure
-from evaluation.gallery import Exhibit, Strip, picture_address
+from evaluation.gallery import Exhibit, Strip, strip_picture
 from evaluation.report import to_html, write_report
 from evaluation.results import TableResult, summarise
 from evaluation.stats import FAILS, HOLDS, UNDECIDED
@@ -52,9 +52,9 @@ def result() -> TableResult:
 def exhibit(tmp_path: Path) -> Exhibit:
     file = tmp_path / "a.png"
     Image.new("RGB", (32, 32), "red").save(file)
-    strips = [Strip("training pictures", picture_address([file] * 4), ("",) * 4)]
+    strips = [Strip("training pictures", strip_picture([file] * 4), ("",) * 4)]
     strips += [
-        Strip(f"row {k}", picture_address([file] * 9), ("a photo of *",) * 4 + ("* at night",) * 5) for k in range(3)
+        Strip(f"row {k}", strip_picture([file] * 9), ("a photo of *",) * 4 + ("* at night",) * 5) for k in range(3)
     ]
     return Exhibit("cat", tuple(strips))
 
