@@ -166,18 +166,19 @@ class Progress:
         done = len(unique) - len(waiting)
         if not waiting:
             log.info("%s: all %d are there", title, len(unique))
-        begun, began, said = 0, self.clock(), -math.inf
-        for unit in waiting:
+        taken: dict[str, list[float]] = {}
+        said = -math.inf
+        for number, unit in enumerate(waiting, 1):
             seconds = self.do(unit, work)
             if seconds is None:
-                done += 1
                 continue
-            begun, done = begun + 1, done + 1
-            left = (self.clock() - began) / begun * (len(unique) - done)
-            remaining = f", about {duration(left)} left" if done < len(unique) else ""
-            if done == len(unique) or self.clock() - said >= SAY_EVERY:
+            taken.setdefault(unit.kind, []).append(seconds)
+            left = remaining_time(taken, [unit.kind for unit in waiting[number:]])
+            remaining = f", about {duration(left)} left" if number < len(waiting) else ""
+            if number == len(waiting) or self.clock() - said >= SAY_EVERY:
                 said = self.clock()
-                log.info("%s: %d of %d done, %.1f s each%s", title, done, len(unique), seconds, remaining)
+                log.info("%s: %d of %d done, the last (%s) in %.1f s%s",
+                         title, done + number, len(unique), unit.kind, seconds, remaining)  # fmt: skip
 
     def do(self, unit: Unit, work: Callable[[Unit, Path], Mapping[str, Any]]) -> float | None:
         """Do one unit and save its result; returns the seconds, or None if another process has done it meanwhile."""
@@ -189,6 +190,13 @@ class Progress:
             seconds = self.clock() - started
             self.store.finish(unit, {**result, "seconds": round(seconds, 3)})
             return seconds
+
+
+def remaining_time(taken: Mapping[str, Sequence[float]], kinds: Iterable[str]) -> float:
+    """Seconds that units of these kinds will take; a kind of which none is done counts like all that are done."""
+    means = {kind: sum(seconds) / len(seconds) for kind, seconds in taken.items()}
+    overall = sum(map(sum, taken.values())) / sum(map(len, taken.values()))
+    return sum(means.get(kind, overall) for kind in kinds)
 
 
 def duration(seconds: float) -> str:

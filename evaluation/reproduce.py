@@ -34,6 +34,7 @@ class Options:
     models_file: str | None = None
     concepts: str | None = None
     names: Sequence[str] | None = None
+    rows: Sequence[str] | None = None  # do only these; the others show what is there
     seeds: Sequence[int] | None = None
     pictures: int | None = None
     checkpoint: str | None = None
@@ -71,9 +72,10 @@ def reproduce(options: Options, train: TrainCommand) -> TableResult:
     request = make_request(options, table, model, store)
     cells = Planner(request).cells()
     take_over(cells, store, options.out_folder)
-    mine = shard(cells, lambda cell: cell.group, options.part, work_of)
+    wanted = chosen_rows(options, table)
+    mine = shard([c for c in cells if c.row.name in wanted], lambda cell: cell.group, options.part, work_of)
     if not options.report_only:
-        log.info("%s on %s: %d cells%s", table.name, model.name, len(cells), share(options, len(mine)))
+        log.info("%s on %s: %d cells%s", table.name, model.name, len(cells), share(len(mine), len(cells)))
         Workshop(model, store, train, options.device, options.weights).run(mine)
     result = collect(request, cells, store, {"Command": options.command} if options.command else {})
     if table.options.get("layout") == "dreambench_plus":
@@ -116,10 +118,18 @@ def finish_dreambench_plus(
     return add_ratings(result, request, options.ratings) if options.ratings else result
 
 
-def share(options: Options, count: int) -> str:
-    """Says which share of the cells is this machine's."""
-    index, parts = options.part
-    return f", {count} of them in part {index} of {parts}" if parts > 1 else ""
+def share(count: int, total: int) -> str:
+    """Says how many of the cells are asked for, where it is not all."""
+    return f", of which {count} are asked for" if count < total else ""
+
+
+def chosen_rows(options: Options, table: Table) -> Sequence[str]:
+    """Names of the rows to do: those that the user names, or all."""
+    names = [row.name for row in table.rows]
+    for row in options.rows or ():
+        if row not in names:
+            raise ValueError(f"{table.name} has no row '{row}'{did_you_mean(row, names)}; it has {', '.join(names)}")
+    return options.rows or names
 
 
 def write_result(result: TableResult, folder: Path, gallery: Sequence[Exhibit] = ()) -> list[Path]:

@@ -53,14 +53,21 @@ class Workshop:
         self._texts: dict[tuple[str, str], Tensor] = {}
 
     def run(self, cells: Sequence[Cell], progress: Progress | None = None) -> None:
-        """Do all that is missing. One kind of work after the other, so that only one model is in memory."""
+        """Do all that is missing: what one concept and seed needs before the next, so that a stopped run leaves scores.
+
+        Words are learned before pictures are drawn, so that only one model is in memory.
+        """
         progress = progress or Progress(self.store)
-        cells = [cell for cell in cells if not self.store.is_done(cell.scoring.unit)]
+        missing = [cell for cell in cells if not self.store.is_done(cell.scoring.unit)]
+        if len(missing) < len(cells):
+            log.info("%d of %d cells are there", len(cells) - len(missing), len(cells))
+        cells = missing
         trainings = {job.unit.key: job for cell in cells for job in cell.trainings}
         drawings = {cell.drawing.unit.key: cell.drawing for cell in cells if cell.drawing is not None}
         scorings = {cell.scoring.unit.key: cell.scoring for cell in cells}
 
         def train(unit: Unit, folder: Path) -> Mapping[str, Any]:
+            self.forget_model()
             return learn(trainings[unit.key], folder, self.spec, self.train, self.device)
 
         def draw(unit: Unit, folder: Path) -> Mapping[str, Any]:
@@ -70,10 +77,9 @@ class Workshop:
             del folder
             return self.score(scorings[unit.key])
 
-        progress.run("Trainings", [job.unit for job in trainings.values()], train)
-        progress.run("Drawings", [job.unit for job in drawings.values()], draw)
+        work = {"train": train, "draw": draw, "score": judge}
+        progress.run("Units", ordered_units(cells), lambda unit, folder: work[unit.kind](unit, folder))
         self.forget_model()
-        progress.run("Scores", [job.unit for job in scorings.values()], judge)
 
     # --------------------------------------------------------------------------------------------------- drawing
 
@@ -91,8 +97,9 @@ class Workshop:
 
     def forget_model(self) -> None:
         """Give the base model's memory back."""
-        self._model = None
-        gc.collect()
+        if self._model is not None:
+            self._model = None
+            gc.collect()
 
     def draw(self, job: Drawing, folder: Path) -> dict[str, Any]:
         """Draw the pictures that are not there yet."""
@@ -182,6 +189,19 @@ class Workshop:
         assert job.drawing is not None
         folder = self.store.folder(job.drawing.unit)
         return load_images(job.drawing.file(folder, prompt, k) for k in range(job.drawing.count))
+
+
+def ordered_units(cells: Sequence[Cell]) -> list[Unit]:
+    """Trainings, then drawings, then scores of each concept and seed, in the order of the cells."""
+    groups: dict[tuple[str, int], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.concept.label, cell.seed), []).append(cell)
+    units = []
+    for group in groups.values():
+        units += [job.unit for cell in group for job in cell.trainings]
+        units += [cell.drawing.unit for cell in group if cell.drawing is not None]
+        units += [cell.scoring.unit for cell in group]
+    return units
 
 
 def summary(per_prompt: Sequence[Mapping[str, float]], image_over: str) -> dict[str, float]:

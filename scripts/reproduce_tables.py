@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(pt_inception-2015-12-05-6726825d.pth)")  # fmt: skip
     add("--ratings", metavar="DIR", help="ratings for DreamBench++, see scripts/rate_dreambench_plus.py")
     add("--names", nargs="+", metavar="NAME", help="only these concepts")
+    add("--rows", nargs="+", metavar="ROW", help="do only these rows of the table; the others show what is there")
     add("--seeds", nargs="+", type=int, metavar="N", help="seeds of training (default: as models.yaml says)")
     add("--n_samples", type=int, metavar="N", help="pictures of each prompt (default: as models.yaml says)")
     add("--scorer_weights", nargs="+", default=[], metavar="ALIAS=FILE",
@@ -113,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         models_file=args.models,
         concepts=args.concepts,
         names=args.names,
+        rows=args.rows,
         seeds=args.seeds,
         pictures=args.n_samples,
         checkpoint=args.ckpt_path,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.cells import Progress, Store, Unit, digest, duration, fingerprint, parse_shard, shard
+from evaluation.cells import Progress, Store, Unit, digest, duration, fingerprint, parse_shard, remaining_time, shard
 from evaluation.concepts import Concept, check_concepts, read_concept, read_concepts
 from evaluation.emoji_concepts import SIZE, concept_sets, read_sprites, write_concepts
 from evaluation.experiments import read_yaml
@@ -67,11 +67,17 @@ def test_nothing_is_done_twice_and_interruptions_cost_one_unit(tmp_path: Path, c
         progress.run("Drawings", units, work)
     assert done == [0, 1, -1, 2, 3, 4]
     assert store.result(units[4]) == {"number": 4, "seconds": 20}
-    assert "Drawings: 3 of 5 done, 20.0 s each, about 2 min left" in caplog.text
+    assert "Drawings: 3 of 5 done, the last (draw) in 20.0 s, about 40 s left" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
         progress.run("Drawings", units, work)
     assert "all 5 are there" in caplog.text
+
+
+def test_the_remaining_time_knows_kinds_of_work():
+    taken = {"train": [100.0, 120.0], "draw": [40.0]}
+    assert remaining_time(taken, ["train", "draw", "draw"]) == 110 + 40 + 40
+    assert remaining_time(taken, ["score"]) == pytest.approx(260 / 3)
 
 
 def test_two_processes_do_not_work_on_one_unit(tmp_path: Path):

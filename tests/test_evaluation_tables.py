@@ -125,6 +125,30 @@ def test_nothing_is_computed_twice(result: TableResult, world: Options):
     assert again.intervals == result.intervals
 
 
+def test_a_stopped_run_leaves_scores(world: Options, tmp_path: Path):
+    options = dataclasses.replace(world, store=str(tmp_path / "store"), out=str(tmp_path / "out"))
+    trained: list[list[str]] = []
+
+    def stop_at_the_second_concept(words: list[str]) -> None:
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(words)
+        main.main(words)
+
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(options, stop_at_the_second_concept)
+    assert reproduce(dataclasses.replace(options, report_only=True), refuse).done == 6
+
+
+def test_only_the_rows_that_are_asked_for(world: Options, tmp_path: Path):
+    options = dataclasses.replace(world, store=str(tmp_path / "store"), out=str(tmp_path / "out"), rows=["set", "bare"])
+    result = reproduce(options, refuse)
+    assert {record["row"] for record in result.cells} == {"set", "bare"}
+    assert (result.done, result.total) == (4, 12)
+    with pytest.raises(ValueError, match="no row 'sets' .did you mean 'set'"):
+        reproduce(dataclasses.replace(options, rows=["sets"]), refuse)
+
+
 def test_a_table_outlives_its_store(result: TableResult, world: Options, tmp_path: Path):
     shutil.copytree(world.out_folder, tmp_path / "results")
     page = (world.out_folder / "report.html").read_text()
