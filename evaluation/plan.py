@@ -18,6 +18,7 @@ from evaluation.experiments import (
     Table,
     TrainingOptions,
     prompts_for,
+    read_yaml,
     sampling_options,
     training_options,
 )
@@ -130,7 +131,7 @@ class Planner:
         model = request.model
         self.weights = fingerprint(find_model_files(model.checkpoint_path).checkpoint)
         self.drawn_with = model_fingerprint(model.checkpoint_path)
-        self.config = digest(model.config_file.read_text(encoding="utf-8"))
+        self.config = digest(read_yaml(model.config_file))  # its values: comments change no result
         self.judges = {
             alias: [name, fingerprint(judge_file(name, request.weights.get(alias)))]
             for alias, name in model.judges.items()

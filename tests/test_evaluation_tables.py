@@ -219,6 +219,20 @@ def test_rows_that_share_a_training_share_its_states(world: Options, result: Tab
     assert len(list((folder / "pictures").iterdir())) == 2
 
 
+def test_comments_of_a_config_change_no_result(world: Options, tmp_path: Path):
+    model = read_model("tiny", world.models_file)
+    text = model.config_file.read_text()
+    keys = []
+    for name, config in (("plain", text), ("said", f"# comment\n{text}"), ("changed", f"{text}\nseed: 7\n")):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(config)
+        changed = dataclasses.replace(model, config=str(file))
+        cells = Planner(make_request(world, read_table(world.table), changed, Store(world.store))).cells()
+        keys.append([job.unit.key for cell in cells for job in cell.trainings])
+    assert keys[0] == keys[1]
+    assert not set(keys[0]) & set(keys[2])
+
+
 def test_an_interrupted_training_goes_on(world: Options, tmp_path: Path):
     options = dataclasses.replace(world, store=str(tmp_path / "store"), out=str(tmp_path / "out"), names=["cat"])
 
