@@ -173,8 +173,9 @@ class Progress:
             if seconds is None:
                 continue
             taken.setdefault(unit.kind, []).append(seconds)
-            left = remaining_time(taken, [unit.kind for unit in waiting[number:]])
-            remaining = f", about {duration(left)} left" if number < len(waiting) else ""
+            kinds = [unit.kind for unit in waiting[number:]]
+            about = "about" if set(kinds) <= set(taken) else "at least"
+            remaining = f", {about} {duration(remaining_time(taken, kinds))} left" if kinds else ""
             if number == len(waiting) or self.clock() - said >= SAY_EVERY:
                 said = self.clock()
                 log.info("%s: %d of %d done, the last (%s) in %.1f s%s",
@@ -193,10 +194,8 @@ class Progress:
 
 
 def remaining_time(taken: Mapping[str, Sequence[float]], kinds: Iterable[str]) -> float:
-    """Seconds that units of these kinds will take; a kind of which none is done counts like all that are done."""
-    means = {kind: sum(seconds) / len(seconds) for kind, seconds in taken.items()}
-    overall = sum(map(sum, taken.values())) / sum(map(len, taken.values()))
-    return sum(means.get(kind, overall) for kind in kinds)
+    """Seconds that units of these kinds will take, as far as some of their kind are done."""
+    return sum(sum(taken[kind]) / len(taken[kind]) for kind in kinds if kind in taken)
 
 
 def duration(seconds: float) -> str:

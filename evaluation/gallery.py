@@ -48,19 +48,22 @@ class Exhibit:
 def make_gallery(
     request: Request, cells: Sequence[Cell], store: Store, kept: Path | None = None, concepts: int = 3
 ) -> list[Exhibit]:
-    """Strips of the first seed for the concepts that have most: training pictures, then each row that was drawn.
+    """Strips of the concepts that have most of them: training pictures, then each row that was drawn with one seed.
 
     kept: folder of the table, with the strips of an earlier run.
     """
-    drawn: dict[str, list[tuple[Cell, Path | None]]] = {concept.label: [] for concept in request.concepts}
+    by_seed: dict[str, dict[int, list[tuple[Cell, Path | None]]]] = {
+        concept.label: {seed: [] for seed in request.seeds} for concept in request.concepts
+    }
     for cell in cells:
-        if cell.drawing is None or cell.seed != request.seeds[0]:
+        if cell.drawing is None:
             continue
         earlier = strip_file(kept, cell.scoring.unit.key) if kept else None
         if store.is_done(cell.drawing.unit):
-            drawn[cell.concept.label].append((cell, None))
+            by_seed[cell.concept.label][cell.seed].append((cell, None))
         elif earlier and earlier.is_file():
-            drawn[cell.concept.label].append((cell, earlier))
+            by_seed[cell.concept.label][cell.seed].append((cell, earlier))
+    drawn = {label: max(seeds.values(), key=len) for label, seeds in by_seed.items()}
     exhibits = []
     for concept in sorted(request.concepts, key=lambda concept: -len(drawn[concept.label]))[:concepts]:
         pictures = concept.pictures[:RECONSTRUCTIONS]

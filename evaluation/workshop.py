@@ -61,6 +61,8 @@ class Workshop:
         missing = [cell for cell in cells if not self.store.is_done(cell.scoring.unit)]
         if len(missing) < len(cells):
             log.info("%d of %d cells are there", len(cells) - len(missing), len(cells))
+        if not missing:
+            return
         cells = missing
         trainings = {job.unit.key: job for cell in cells for job in cell.trainings}
         drawings = {cell.drawing.unit.key: cell.drawing for cell in cells if cell.drawing is not None}

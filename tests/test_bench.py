@@ -102,7 +102,7 @@ def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_convergence_is_that_of_the_shipped_weights(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(session, "CONVERGENCE", (("dpm", 12), ("ddim", 2), ("dpm", 8)))
-    monkeypatch.setattr(session, "CONVERGENCE_DRAWS", 1)
+    monkeypatch.setattr(session, "CONVERGENCE_PICTURES", 4)
     found = session.convergence_cell(Setup("emoji"))["convergence"]
     assert found["trained"]
     assert found["pictures"] == 4

@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 IN_PROCESSES = ("growth", "load", "startup", "readme_job", "convergence")
 WITH_MEMORY = ("unet_forward", "unet_training", "inversion_step", "decode", "picture")
 CONVERGENCE = (("dpm", 250), ("ddim", 50), ("dpm", 20))  # sampler and steps: converged, and the two to compare
-CONVERGENCE_DRAWS = 5  # of each caption: pictures differ by several dB
-KNOWN_CAPTIONS = (  # of the world that the shipped weights know
-    "a sticker of a cat on a blue background", "a 3d render of a red apple on a white background",
-    "a cartoon of a rocket at night", "a silhouette of a tree on a yellow background",
-)  # fmt: skip
+CONVERGENCE_PICTURES = 40  # each with a caption of its own: pictures differ by several dB
+# Of the world that the shipped weights know.
+OBJECTS = ("cat", "red apple", "rocket", "tree", "dog", "blue car", "fish", "house", "rose", "hat")
+WORLD = ("a sticker of a {} on a blue background", "a 3d render of a {} on a white background",
+         "a cartoon of a {} at night", "a silhouette of a {} on a yellow background")  # fmt: skip
 QUICK_SIDE = 256  # of the matrix product: processors without 16-bit instructions take minutes for a large one
 GROWTH = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (4, 1))  # (pictures, sides) in units of half the model's own side
 
@@ -191,13 +191,13 @@ def convergence_cell(setup: Setup) -> Cell:
     weights = Path(resource_root(), DEFAULT_MODEL, "model.safetensors")
     trained = weights.is_file()
     ours = Ours(setup, load_model(str(weights.parent), device="cpu") if trained else None)
-    if trained:
-        ours.inputs = dataclasses.replace(ours.inputs, captions=list(KNOWN_CAPTIONS[: len(ours.inputs.captions)]))
-    start = ours.inputs.latent
+    start, batch = ours.inputs.latent, len(ours.inputs.captions)
+    captions = [sentence.format(thing) for thing in OBJECTS for sentence in WORLD]
     found_db: list[list[float]] = []  # of each picture: DDIM, DPM-Solver++
-    for seed in range(1 if setup.quick else CONVERGENCE_DRAWS):
-        latent = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed)).to(start)
-        ours.inputs = dataclasses.replace(ours.inputs, latent=latent)
+    for first in range(0, batch if setup.quick else CONVERGENCE_PICTURES, batch):
+        latent = torch.randn(start.shape, generator=torch.Generator().manual_seed(first)).to(start)
+        known = captions[first : first + batch] if trained else ours.inputs.captions
+        ours.inputs = dataclasses.replace(ours.inputs, latent=latent, captions=known)
         chains = [ours.picture(*chain).split(1) for chain in CONVERGENCE]
         found_db += [[float(psnr(end, ddim)), float(psnr(end, dpm))] for end, ddim, dpm in zip(*chains, strict=True)]
     ddim, dpm = torch.tensor(found_db).T
