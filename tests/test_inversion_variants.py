@@ -120,7 +120,7 @@ def test_progressive(tmp_path: Path):
     assert not torch.equal(late.vectors["*"][1], late.vectors["*"][2])
 
 
-def test_per_image(tmp_path: Path):
+def test_per_image(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     path = run(tmp_path, "per_image", "data.params.train.params.mixing_prob=1.0", "data.params.batch_size=4",
                "data.params.train.params.repeats=1", "--limit_val_batches", 0)  # fmt: skip
     learned, start = vectors(path), vectors(path, "embeddings_gs-2.pt")
@@ -129,6 +129,7 @@ def test_per_image(tmp_path: Path):
     gradients = [name for name in per_img_token_list if (learned[name] - start[name]).abs().max() > 1e-3]
     assert gradients == per_img_token_list[:4]  # one for each picture
     assert " with א" in captions(path)
+    assert "got no gradient" not in caplog.text  # letters for pictures that are not there are no mistake
 
 
 def test_regularised(tmp_path: Path):
