@@ -110,7 +110,10 @@ def test_convergence_is_that_of_the_shipped_weights(monkeypatch: pytest.MonkeyPa
     assert found["dpm20_db"] > found["ddim50_db"] + 3  # of which only the first has steps enough here
 
 
-@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("diffusers", "transformers")),
+    reason="needs diffusers and transformers",
+)
 def test_diffusers_computes_the_same(tmp_path: Path):
     cells = run_bench(tmp_path, "--only", "sd1/float32/*", "--against", "diffusers", "--no-memory")["cells"]
     for job in ("unet_forward", "encode", "decode", "text"):
