@@ -72,7 +72,7 @@ def make_gallery(
             texts, files = zip(*chosen_tiles(cell, store), strict=True)
             picture = earlier.read_bytes() if earlier else strip_picture(files)
             strips.append(Strip(cell.row.label, picture, texts, cell.scoring.unit.key))
-        exhibits.append(Exhibit(concept.label, tuple(strips)))
+        exhibits.append(Exhibit(concept.label.replace("_", " "), tuple(strips)))
     return [exhibit for exhibit in exhibits if len(exhibit.strips) > 1]
 
 
