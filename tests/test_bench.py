@@ -105,9 +105,10 @@ def test_convergence_is_that_of_the_shipped_weights(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(session, "CONVERGENCE_PICTURES", 4)
     found = session.convergence_cell(Setup("emoji"))["convergence"]
     assert found["trained"]
-    assert found["pictures"] == 4
-    assert found["standard_error_db"] > 0
-    assert found["dpm20_db"] > found["ddim50_db"] + 3  # of which only the first has steps enough here
+    for values in (found["guidance_5"], found["guidance_7.5"]):
+        assert values["pictures"] == 4
+        assert values["standard_error_db"] > 0
+        assert values["dpm20_db"] > values["ddim50_db"] + 3  # of which only the first has steps enough here
 
 
 @pytest.mark.skipif(

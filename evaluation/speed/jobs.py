@@ -158,9 +158,9 @@ class Ours:
         return self.model.get_learned_conditioning(self.inputs.captions)
 
     @torch.no_grad()
-    def sample(self, sampler: str, steps: int) -> Tensor:
+    def sample(self, sampler: str, steps: int, scale: float = GUIDANCE) -> Tensor:
         """Latents of a guided chain, captions encoded on the way."""
-        options = SamplingOptions(scale=GUIDANCE)
+        options = SamplingOptions(scale=scale)
         cond, uncond = encode_prompts(self.model, self.inputs.captions, options)
         latents, _ = SAMPLERS[sampler](self.model).sample(
             steps,
@@ -168,13 +168,13 @@ class Ours:
             tuple(self.inputs.latent.shape[1:]),
             cond,
             x_T=self.inputs.latent,
-            unconditional_guidance_scale=GUIDANCE,
+            unconditional_guidance_scale=scale,
             unconditional_conditioning=uncond,
             verbose=False,
         )
         return latents
 
     @torch.no_grad()
-    def picture(self, sampler: str, steps: int) -> Tensor:
+    def picture(self, sampler: str, steps: int, scale: float = GUIDANCE) -> Tensor:
         """Pictures from captions."""
-        return self.model.decode_first_stage(self.sample(sampler, steps))
+        return self.model.decode_first_stage(self.sample(sampler, steps, scale))

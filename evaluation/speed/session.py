@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 IN_PROCESSES = ("growth", "load", "startup", "readme_job", "convergence")
 WITH_MEMORY = ("unet_forward", "unet_training", "inversion_step", "decode", "picture")
-CONVERGENCE = (("dpm", 250), ("ddim", 50), ("dpm", 20))  # sampler and steps: converged, and the two to compare
+CONVERGENCE = (("dpm", 150), ("ddim", 50), ("dpm", 20))  # sampler and steps: converged, and the two to compare
+CONVERGENCE_SCALES = (5.0, 7.5)  # guidance: the commands' default, and that of the other jobs
 CONVERGENCE_PICTURES = 40  # each with a caption of its own: pictures differ by several dB
 # Of the world that the shipped weights know.
 OBJECTS = ("cat", "red apple", "rocket", "tree", "dog", "blue car", "fish", "house", "rose", "hat")
@@ -185,7 +186,6 @@ def growth_cell(plan: Plan, setup: Setup) -> Cell:
 def convergence_cell(setup: Setup) -> Cell:
     """PSNR of 20-step DPM-Solver++ and 50-step DDIM pictures to the converged ones, of the shipped weights."""
     from ldm.generate import DEFAULT_MODEL, load_model
-    from ldm.models.first_stage import psnr
     from ldm.resources import resource_root
 
     weights = Path(resource_root(), DEFAULT_MODEL, "model.safetensors")
@@ -193,23 +193,36 @@ def convergence_cell(setup: Setup) -> Cell:
     ours = Ours(setup, load_model(str(weights.parent), device="cpu") if trained else None)
     start, batch = ours.inputs.latent, len(ours.inputs.captions)
     captions = [sentence.format(thing) for thing in OBJECTS for sentence in WORLD]
-    found_db: list[list[float]] = []  # of each picture: DDIM, DPM-Solver++
+    found_db: dict[float, list[list[float]]] = {scale: [] for scale in CONVERGENCE_SCALES}
     for first in range(0, batch if setup.quick else CONVERGENCE_PICTURES, batch):
         latent = torch.randn(start.shape, generator=torch.Generator().manual_seed(first)).to(start)
         known = captions[first : first + batch] if trained else ours.inputs.captions
         ours.inputs = dataclasses.replace(ours.inputs, latent=latent, captions=known)
-        chains = [ours.picture(*chain).split(1) for chain in CONVERGENCE]
-        found_db += [[float(psnr(end, ddim)), float(psnr(end, dpm))] for end, ddim, dpm in zip(*chains, strict=True)]
-    ddim, dpm = torch.tensor(found_db).T
-    found = {
+        for scale, pairs in found_db.items():
+            pairs += distances(ours, scale)
+    found = {f"guidance_{scale:g}": compared(pairs) for scale, pairs in found_db.items()}
+    lines = [
+        "guidance {:g}: DDIM 50 {ddim50_db:.1f} dB, DPM-Solver++ 20 {dpm20_db:.1f} dB to the converged picture, mean "
+        "of {pictures} (standard error of the difference {standard_error_db:.1f} dB)".format(scale, **values)
+        for scale, values in zip(found_db, found.values(), strict=True)
+    ]
+    return {"convergence": found | {"trained": trained}, "text": "; ".join(lines) + " (random weights)" * (not trained)}
+
+
+def distances(ours: Ours, scale: float) -> list[list[float]]:
+    """PSNR to the converged picture of DDIM's and of DPM-Solver++'s, for each picture of the batch."""
+    from ldm.models.first_stage import psnr
+
+    chains = [ours.picture(*chain, scale).split(1) for chain in CONVERGENCE]
+    return [[float(psnr(end, ddim)), float(psnr(end, dpm))] for end, ddim, dpm in zip(*chains, strict=True)]
+
+
+def compared(pairs: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Means over the pictures, and the standard error of their difference."""
+    ddim, dpm = torch.tensor(pairs).T
+    return {
         "ddim50_db": float(ddim.mean()),
         "dpm20_db": float(dpm.mean()),
         "pictures": len(ddim),
-        "standard_error_db": float((dpm - ddim).std() / len(ddim) ** 0.5),  # of the difference
-        "trained": trained,
+        "standard_error_db": float((dpm - ddim).std() / len(ddim) ** 0.5),
     }
-    text = (
-        "DDIM 50: {ddim50_db:.1f} dB, DPM-Solver++ 20: {dpm20_db:.1f} dB to the converged picture, mean of {pictures}"
-        " (standard error of the difference {standard_error_db:.1f} dB)"
-    ).format(**found)
-    return {"convergence": found, "text": text + ("" if trained else " (random weights)")}
