@@ -52,13 +52,14 @@ class Workshop:
         self._given: dict[tuple[str, tuple[Path, ...]], Tensor] = {}
         self._texts: dict[tuple[str, str], Tensor] = {}
 
-    def run(self, cells: Sequence[Cell], progress: Progress | None = None) -> None:
+    def run(self, cells: Sequence[Cell], progress: Progress | None = None, pictures: bool = False) -> None:
         """Do all that is missing: what one concept and seed needs before the next, so that a stopped run leaves scores.
 
         Words are learned before pictures are drawn, so that only one model is in memory.
+        pictures: draw those of scores that came from an earlier run, too.
         """
         progress = progress or Progress(self.store)
-        missing = [cell for cell in cells if not self.store.is_done(cell.scoring.unit)]
+        missing = [cell for cell in cells if not self.has(cell, pictures)]
         if len(missing) < len(cells):
             log.info("%d of %d cells are there", len(cells) - len(missing), len(cells))
         if not missing:
@@ -82,6 +83,11 @@ class Workshop:
         work = {"train": train, "draw": draw, "score": judge}
         progress.run("Units", ordered_units(cells), lambda unit, folder: work[unit.kind](unit, folder))
         self.forget_model()
+
+    def has(self, cell: Cell, pictures: bool) -> bool:
+        """Whether a cell's score is there, and if they are wanted its pictures."""
+        drawn = not pictures or cell.drawing is None or self.store.is_done(cell.drawing.unit)
+        return drawn and self.store.is_done(cell.scoring.unit)
 
     # --------------------------------------------------------------------------------------------------- drawing
 

@@ -61,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--store", default="outputs/evaluation", metavar="DIR", help="where the cells lie (default: outputs/evaluation)"
     )
-    add("--out", metavar="DIR", help="where the table goes (default: results/<table>)")
+    add("--out", metavar="DIR", help="where the table goes, and scores of an earlier run are taken from "
+        "(default: results/<table>)")  # fmt: skip
     add("--export", metavar="DIR", help="also copy the pictures to DIR/<row>/<concept>/<prompt>/, for a user study")
     add("--report_only", action="store_true", help="compute nothing, write the table from what is there")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")

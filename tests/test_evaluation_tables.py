@@ -166,6 +166,16 @@ def test_a_table_outlives_its_store(result: TableResult, world: Options, tmp_pat
     assert len(list((tmp_path / "results" / "strips").iterdir())) == 2 * 5
 
 
+def test_pictures_that_are_asked_for_are_drawn_again(result: TableResult, world: Options, tmp_path: Path):
+    del result
+    shutil.copytree(world.out_folder, tmp_path / "results")
+    out, pictures = str(tmp_path / "results"), tmp_path / "pictures"
+    moved = dataclasses.replace(world, store=str(tmp_path / "store"), out=out, rows=["bare"], export=str(pictures))
+    reproduce(moved, refuse)
+    assert {path.name for path in pictures.iterdir()} == {"training", "bare"}
+    assert {path.name for path in (pictures / "bare").iterdir()} == {"cat", "mug"}
+
+
 def test_scores_of_other_settings_are_not_taken_over(result: TableResult, world: Options, tmp_path: Path):
     del result
     shutil.copytree(world.out_folder, tmp_path / "results")
