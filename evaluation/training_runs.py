@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ def learn(job: Training, folder: Path, model: ModelSpec, train: TrainCommand, de
         arguments = ["-r", str(run), "-t"]
     with quiet("ldm", "main"):
         train([*arguments, *device_flags(device)])
+    gc.collect()  # a run's trainer and model point at each other: without this, several would be in memory
     finished = unfinished_run(folder)
     assert finished is not None
     files = sorted((finished / "checkpoints").glob("embeddings_gs-*.pt"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from tests.tiny_run import (
@@ -143,6 +145,16 @@ def test_a_new_learning_rate_is_used(tmp_path: Path, caplog: pytest.LogCaptureFi
     state = last_checkpoint(run)
     assert state["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(rate)  # past the warm-up
     assert state["lr_schedulers"][0]["base_lrs"] == [rate]
+
+
+def test_a_run_that_is_over_leaves_nothing_in_memory(tmp_path: Path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    gc.collect()
+    alive = {id(item) for item in gc.get_objects() if type(item) is pl.Trainer}
+    run_main("--base", write_config(tmp_path / "a.yaml", CONFIGS["diffusion"]()), "-t", "-l", tmp_path / "logs")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    gc.collect()
+    assert {id(item) for item in gc.get_objects() if type(item) is pl.Trainer} <= alive
 
 
 def test_ctrl_c_saves_and_stops(unbroken: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -81,7 +81,7 @@ class LastCheckpoint(Checkpoint):
         self.previous_step = 0
         self.saved_at = 0.0
         self.save_seconds = 0.0
-        self._handlers: dict[int, Any] = {}
+        self._handlers: dict[int, tuple[Any, Any]] = {}  # ours, and the one before it
 
     # -- signals -------------------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ class LastCheckpoint(Checkpoint):
             self._listen(signal.SIGUSR1, self._save)
 
     def _listen(self, number: int, handler: Any) -> None:
-        self._handlers[number] = signal.signal(number, handler)
+        self._handlers[number] = (handler, signal.signal(number, handler))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the signals back."""
@@ -115,9 +115,10 @@ class LastCheckpoint(Checkpoint):
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            if handler is not None:
-                signal.signal(number, handler)
+        for number, (ours, before) in self._handlers.items():
+            # Lightning may have given them back already; its own, put back after that, would keep its trainer alive
+            if before is not None and signal.getsignal(number) == ours:
+                signal.signal(number, before)
         self._handlers = {}
 
     def _save(self, number: int, frame: FrameType | None) -> None:
