@@ -29,6 +29,7 @@ OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
 }
 SIGNS: dict[type, Callable[[Any], Any]] = {ast.USub: operator.neg, ast.UAdd: operator.pos}
+LONGEST = 500  # characters of an expression; deeply nested ones would exhaust the stack
 Lookup = Callable[[str, str], np.ndarray]
 
 
@@ -50,13 +51,10 @@ class Claim:
 
     def rows(self) -> set[tuple[str, str]]:
         """The (metric, row) pairs that the inequality names."""
-        return _named(self.difference)
+        return _named(self.difference, self.holds_if)
 
     def _sides(self) -> tuple[ast.expr, int, ast.expr]:
-        try:
-            tree = ast.parse(self.holds_if.strip(), mode="eval").body
-        except SyntaxError:
-            tree = None
+        tree = _parse(self.holds_if)
         if not isinstance(tree, ast.Compare) or len(tree.ops) != 1 or not isinstance(tree.ops[0], ast.Gt | ast.Lt):
             raise ConfigError(f"'{self.holds_if}' is no inequality of the form metric(row) > metric(row)")
         return tree.left, 1 if isinstance(tree.ops[0], ast.Gt) else -1, tree.comparators[0]
@@ -71,26 +69,38 @@ class Measure:
 
     def compute(self, look_up: Lookup) -> np.ndarray:
         """The figure for values from `look_up(metric, row)`."""
-        try:
-            tree = ast.parse(self.value.strip(), mode="eval").body
-        except SyntaxError as error:
-            raise ConfigError(f"'{self.value}' is no sum of metric(row) and numbers") from error
+        tree = _parse(self.value)
+        if tree is None:
+            raise ConfigError(f"'{self.value}' is no sum of metric(row) and numbers")
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(_value(tree, look_up, self.value), dtype=float)
 
     def rows(self) -> set[tuple[str, str]]:
         """The (metric, row) pairs that it is made of."""
-        return _named(self.compute)
+        return _named(self.compute, self.value)
 
 
-def _named(compute: Callable[[Lookup], Any]) -> set[tuple[str, str]]:
+def _parse(text: Any) -> ast.expr | None:
+    """The expression that a text is; None if it is none, or one too long to be meant."""
+    if not isinstance(text, str) or len(text) > LONGEST:
+        return None
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        return None
+
+
+def _named(compute: Callable[[Lookup], Any], text: str) -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
 
     def note(metric: str, row: str) -> np.ndarray:
         found.add((metric, row))
         return np.ones(1)
 
-    compute(note)
+    try:
+        compute(note)
+    except (ZeroDivisionError, RecursionError) as error:
+        raise ConfigError(f"'{text}' cannot be computed: {error}") from error
     return found
 
 

@@ -5,7 +5,9 @@ Any architecture of open_clip; OpenAI's ViT-B/32 is the published one and the de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,27 @@ def build_clip(clip_model: str, weights: str | Path | None = None) -> nn.Module:
 
     name = architecture(clip_model)
     file = find_weights("clip", weights_name(clip_model), weights)
-    model = open_clip.create_model(name, load_weights=False)
-    missing = model.load_state_dict(read_clip_weights(file), strict=False)
+    with _without_warnings():  # of open_clip's, that weights are random: they are about to be read
+        model = open_clip.create_model(name, load_weights=False)
+    try:
+        missing = model.load_state_dict(read_clip_weights(file), strict=False)
+    except RuntimeError as error:  # sizes
+        raise ValueError(f"{file} does not fit {clip_model}: {str(error).splitlines()[-1].strip()}") from error
     lost = [key for key in missing.missing_keys if not key.endswith(("attn_mask", "logit_bias"))]
     if lost or missing.unexpected_keys:
         key = (lost or missing.unexpected_keys)[0]
         raise ValueError(f"{file} does not fit {clip_model}: '{key}' is {'missing' if lost else 'left over'}")
     return freeze(model)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    root, before = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
 
 
 def build_tokenizer(clip_model: str) -> Tokenizer:

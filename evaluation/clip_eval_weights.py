@@ -112,4 +112,7 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
             stacked.setdefault(name, {})[block[3][10]] = value
         else:
             raise ConfigError(f"'{key}' is no weight of a CLIP model in Hugging Face's names")
+    for name, parts in stacked.items():
+        if missing := set("qkv") - set(parts):
+            raise ConfigError(f"a CLIP model in Hugging Face's names lacks {min(missing)}_proj of '{name}'")
     return out | {name: torch.cat([parts[k] for k in "qkv"]) for name, parts in stacked.items()}

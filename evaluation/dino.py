@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "dino-vitb8": "vit_base_patch8_224",
     "dinov2-vits14": "vit_small_patch14_dinov2",
 }
+OF_OTHER_SIZE = ("dinov2-vits14",)  # published for 518 pixels
 RESIZE, CROP = 256, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
@@ -39,7 +40,13 @@ def build_dino(name: str, weights: str | Path | None = None) -> nn.Module:
     model = bare_dino(name)
     state = {key.removeprefix("backbone."): value for key, value in read_state_dict(file, dtype=torch.float32).items()}
     unused = ("head.", "mask_token")  # of the training, not of the features
-    result = model.load_state_dict({k: v for k, v in state.items() if not k.startswith(unused)}, strict=False)
+    state = {key: value for key, value in state.items() if not key.startswith(unused)}
+    if name in OF_OTHER_SIZE and "pos_embed" in state:
+        state["pos_embed"] = resized_positions(state["pos_embed"], model)
+    try:
+        result = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # sizes
+        raise ValueError(f"{file} does not fit {name}: {str(error).splitlines()[-1].strip()}") from error
     if result.missing_keys or result.unexpected_keys:
         key = (result.missing_keys or result.unexpected_keys)[0]
         raise ValueError(f"{file} does not fit {name}: '{key}' is {'missing' if result.missing_keys else 'left over'}")
@@ -51,6 +58,15 @@ def bare_dino(name: str) -> nn.Module:
     import timm
 
     return timm.create_model(ARCHITECTURES[name], pretrained=False, num_classes=0, img_size=CROP)
+
+
+def resized_positions(positions: Tensor, model: Any) -> Tensor:
+    """Position vectors (1, 1 + N, D) of another picture size, interpolated to those of the model's."""
+    from timm.layers import resample_abs_pos_embed
+
+    if positions.shape[1] == model.pos_embed.shape[1]:
+        return positions
+    return resample_abs_pos_embed(positions, model.patch_embed.grid_size, num_prefix_tokens=1)
 
 
 class DINOEncoder:

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from evaluation.claims import Claim, Measure
 from evaluation.concepts import KINDS, WORD
+from evaluation.scoring import METRICS as JUDGED
+from ldm.generate_command import SAMPLERS
 from ldm.resources import TABLES, config_path, resource_root
 from ldm.run import read_config
 from ldm.util import ConfigError, did_you_mean, to_plain
@@ -20,7 +22,20 @@ from ldm.util import ConfigError, did_you_mean, to_plain
 T = TypeVar("T")
 MODELS = "models"
 TABLE_KINDS = ("inversion", "first_stages", "text_to_image", "user_study")
+METRICS = (
+    *JUDGED,
+    *("fid", "kid", "inception_score", "psnr", "ssim"),  # of whole models
+    *("cp", "pf"),  # DreamBench++'s ratings
+    *("image_rank", "text_rank"),  # of the user study
+)
 SOURCES = ("word", "no_word", "initial_word", "captions", "training_pictures", "published")
+
+
+def texts(values: Any, what: str) -> tuple[str, ...]:
+    """A list of texts; anything else, such as a single text, is a `ConfigError`."""
+    if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
+        raise ConfigError(f"{what} should be a list of texts, not {values!r}")
+    return tuple(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +73,10 @@ class Sampling:
     batch_size: int = 8
     precision: str = "full"
 
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ConfigError(f"there is no sampler '{self.sampler}'{did_you_mean(self.sampler, SAMPLERS)}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
@@ -67,7 +86,7 @@ class Prompts:
     editing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "editing", tuple(self.editing))
+        object.__setattr__(self, "editing", texts(self.editing, "prompts for editing"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +164,9 @@ class Row:
             raise ConfigError(f"row '{self.name}': source '{self.source}' is none of {', '.join(SOURCES)}")
         if (self.source == "captions") != bool(self.captions):
             raise ConfigError(f"row '{self.name}': `captions: short` or the like goes with `source: captions`")
+        for metric, value in self.published.items():
+            if not isinstance(value, int | float):
+                raise ConfigError(f"row '{self.name}': the published {metric} is no number: {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +178,7 @@ class Table:
     reference: "training" or "all": the pictures of the concept that they are compared with.
     self_pairs: whether training pictures, compared with themselves, count pairs of a picture and itself.
     judges: instead of the model's.
+    antialias: whether CLIP's pictures are smoothed before they are shrunk, as Pillow does it.
     text_word: "class" compares with the prompt that has the initial word in the learned one's place; default: none.
     plot: {x, y} two metrics, or {x: at, y: [metrics]} for a sweep, with `label` for its axis.
     scale: factors for display, such as CLIPScore's 2.5; the published figures are given at that scale.
@@ -180,6 +203,7 @@ class Table:
     second: str | None = None  # the concept whose word is `@`
     self_pairs: bool = True
     judges: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    antialias: bool = False
     text_word: str | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -250,23 +274,34 @@ def read_table(name: str, model: str | None = None) -> Table:
     """The table called `name` (see `find_file`); its section `for_model: {<model>: ...}` goes over the rest."""
     path = find_file(name)
     values = read_yaml(path)
-    special = values.pop("for_model", {}).get(model, {})
-    values = merge(values, special)
-    rows = values.get("rows") or {}
+    special = values.pop("for_model", None) or {}
+    values = merge(values, mapping(special, f"{path.name}: for_model").get(model) or {})
+    rows = mapping(values.get("rows") or {}, f"{path.name}: rows")
     values["name"] = path.stem
     values["rows"] = tuple(
-        build(Row, {"label": key, **(row or {}), "name": key}, f"{path.name}: row '{key}'") for key, row in rows.items()
+        build(
+            Row, {"label": key, **mapping(row or {}, f"{path.name}: {key}"), "name": key}, f"{path.name}: row '{key}'"
+        )
+        for key, row in rows.items()
     )
-    values["claims"] = tuple(build(Claim, claim, f"{path.name}: claims") for claim in values.get("claims", ()))
-    values["measures"] = tuple(
-        build(Measure, measure, f"{path.name}: measures") for measure in values.get("measures", ())
-    )
+    for key, kind in (("claims", Claim), ("measures", Measure)):
+        said = values.get(key) or ()
+        if not isinstance(said, list | tuple):
+            raise ConfigError(f"{path.name}: {key} should be a list, not {said!r}")
+        values[key] = tuple(build(kind, mapping(one, f"{path.name}: {key}"), f"{path.name}: {key}") for one in said)
     for key in ("columns", "extra", "notes"):
         if key in values:
-            values[key] = tuple(values[key])
+            values[key] = texts(values[key], f"{path.name}: {key}")
     table = build(Table, values, path.name)
     check_table(table, path.name)
     return table
+
+
+def mapping(values: Any, where: str) -> Mapping[str, Any]:
+    """Keys and values; anything else is a `ConfigError`."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected keys and values, not {values!r}")
+    return values
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,12 +334,21 @@ def check_table(table: Table, where: str) -> None:
     names = [row.name for row in table.rows]
     for row in table.rows:
         check_row(row, table, where)
-    said = {claim.holds_if: claim.rows() for claim in table.claims}
-    said |= {measure.value: measure.rows() for measure in table.measures}
-    for text, pairs in said.items():
-        for _, name in pairs:
+    said = [(claim.holds_if, claim.rows()) for claim in table.claims]
+    said += [(measure.value, measure.rows()) for measure in table.measures]
+    for text, pairs in said:
+        for metric, name in pairs:
             if name not in names:
                 raise ConfigError(f"{where}: '{text}' names no row{did_you_mean(name, names)}: '{name}'")
+            check_metric(metric, f"{where}: '{text}'")
+    for metric in (*table.columns, *table.extra):
+        check_metric(metric, where)
+
+
+def check_metric(metric: str, where: str) -> None:
+    """Raise `ConfigError` for a metric that nothing measures; a judge's alias may stand before its name."""
+    if metric not in METRICS and not any(metric.endswith(f"_{known}") for known in JUDGED):
+        raise ConfigError(f"{where}: there is no metric '{metric}'{did_you_mean(metric, METRICS)}")
 
 
 def check_row(row: Row, table: Table, where: str) -> None:
@@ -330,6 +374,21 @@ def training_options(model: ModelSpec, row: Row | None, quick: Quick | None = No
         return options
     every = None if options.save_every is None else quick.scaled(options.save_every)
     return dataclasses.replace(options, steps=quick.scaled(options.steps), save_every=every)
+
+
+def kept_step(model: ModelSpec, row: Row, quick: Quick | None = None) -> int:
+    """The step whose word the row takes: the last, or `at_step`, with --quick the state that is kept in its place.
+
+    Raises `ConfigError` when no state is kept at `at_step`.
+    """
+    full, options = training_options(model, row), training_options(model, row, quick)
+    if row.at_step is None or row.at_step == full.steps:
+        return options.steps
+    if full.save_every is None or row.at_step % full.save_every or row.at_step > full.steps:
+        kept = f"the last of {full.steps}" if full.save_every is None else f"every {full.save_every} to {full.steps}"
+        raise ConfigError(f"row '{row.name}' wants the word at step {row.at_step}, but `save_every` keeps {kept}")
+    assert options.save_every is not None
+    return min(options.steps, row.at_step // full.save_every * options.save_every)
 
 
 def sampling_options(model: ModelSpec, row: Row, quick: Quick | None = None) -> Sampling:

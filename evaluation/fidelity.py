@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,24 +16,24 @@ FeatureNetwork = Callable[[Tensor], tuple[Tensor, Tensor]]
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"  # torch-fidelity's conversion of the network that FID is defined on
 
 
-def load_inception(weights: str | Path | None, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """Inception-v3 as FID is defined on, with the weights of a local file.
-
-    Raises `FileNotFoundError` that names the file, and `ImportError` when torch-fidelity is not installed.
-    """
+def check_inception(weights: str | Path | None) -> None:
+    """Raise `FileNotFoundError` that names the network's file, or `ValueError` when torch-fidelity is not installed."""
     if weights is None or not Path(weights).is_file():
         where = "" if weights is None else f" at {weights}"
         raise FileNotFoundError(
             f"no feature network{where}: FID, KID and IS need {WEIGHTS} (name it with --inception_weights); nothing is "
             "downloaded"
         )
+    if find_spec("torch_fidelity") is None:
+        raise ValueError("FID, KID and IS need torch-fidelity: pip install -e '.[evaluation]'")
+
+
+def load_inception(weights: str | Path | None, device: torch.device | str = "cpu") -> FeatureNetwork:
+    """Inception-v3 as FID is defined on, with the weights of a local file; see `check_inception` for what it raises."""
+    check_inception(weights)
     from torchmetrics.image.fid import NoTrainInceptionV3
 
-    try:
-        network = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(weights))
-    except ModuleNotFoundError as error:
-        raise ImportError("FID, KID and IS need torch-fidelity: pip install -e '.[evaluation]'") from error
-    network = network.to(device)
+    network = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(weights)).to(device)
 
     @torch.no_grad()
     def features(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.data.image import ImageLoader
+from ldm.data.image import IMAGE_SUFFIXES, ImageLoader
 from ldm.data.personalized import find_images
 
 
@@ -36,7 +36,8 @@ def load_folder(folder: str | Path, size: int | None = None, count: int | None =
 def concept_folders(folder: str | Path, names: Sequence[str] | None = None) -> list[Path]:
     """The folders of single concepts in `folder`, by name; all of them or those named.
 
-    A folder that holds pictures itself is one concept. Raises `FileNotFoundError` for what is not there.
+    A folder that holds pictures itself is one concept. Raises `FileNotFoundError` for what is not there, `ValueError`
+    when there are pictures both in the folder and in folders in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -47,7 +48,18 @@ def concept_folders(folder: str | Path, names: Sequence[str] | None = None) -> l
         if missing:
             raise FileNotFoundError(f"there is no concept '{missing[0]}' in {folder}")
         return [folder / name for name in names]
-    if not subfolders:
+    own = _holds_pictures(folder)
+    inner = [path.name for path in subfolders if _holds_pictures(path)]
+    if own and inner:
+        raise ValueError(
+            f"{folder} holds pictures and folders of pictures ({', '.join(inner[:3])}): one concept is a folder "
+            "without the latter, several are folders without pictures beside them; or name those that you mean"
+        )
+    if own or not subfolders:
         find_images(folder)
         return [folder]
     return subfolders
+
+
+def _holds_pictures(folder: Path) -> bool:
+    return any(path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() for path in folder.iterdir())

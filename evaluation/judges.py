@@ -11,7 +11,6 @@ from torch import Tensor
 
 from evaluation.clip_eval_weights import find_weights, weights_name
 from evaluation.dino import ARCHITECTURES
-from ldm.resources import resource_root
 from ldm.util import did_you_mean
 
 EMBEDDED = "emoji64"
@@ -29,10 +28,13 @@ class Judge(Protocol):
         ...
 
 
-def load_judge(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Judge:
+def load_judge(
+    name: str, weights: str | Path | None = None, device: torch.device | str = "cpu", antialias: bool = False
+) -> Judge:
     """The judge called `name`: "emoji64", "dino-vits16" and the like, or a CLIP model such as "ViT-B/32".
 
     weights: local file or folder; without it the places where `evaluation.clip_eval_weights` looks.
+    antialias: see `CLIPEvaluator`; the others always smooth.
     """
     if name == EMBEDDED:
         from evaluation.scorer import load_scorer
@@ -42,23 +44,34 @@ def load_judge(name: str, weights: str | Path | None = None, device: torch.devic
         from evaluation.dino import DINOEncoder
 
         return DINOEncoder(name, weights, device)
-    from evaluation.clip_eval import CLIPEvaluator, architecture
+    from evaluation.clip_eval import CLIPEvaluator
+
+    _check_name(name)
+    return CLIPEvaluator(device, name, weights, antialias=antialias)
+
+
+def _check_name(name: str) -> None:
+    if name == EMBEDDED or name in ARCHITECTURES:
+        return
+    from evaluation.clip_eval import architecture
 
     try:
         architecture(name)
     except ValueError as error:
         known = [EMBEDDED, *ARCHITECTURES, "ViT-B/32"]
         raise ValueError(f"no judge '{name}'{did_you_mean(name, known)}: {error}") from error
-    return CLIPEvaluator(device, name, weights)
 
 
 def judge_file(name: str, weights: str | Path | None = None) -> Path:
-    """The file of a judge's weights; raises `FileNotFoundError` that names it when it is not there."""
-    if name == EMBEDDED:
-        from evaluation.scorer import CONFIG, WEIGHTS
+    """The file of a judge's weights; raises `FileNotFoundError` that names it when it is not there.
 
-        folder = resource_root() / CONFIG if weights is None else Path(weights) / "config.yaml"
-        file = folder.parent / WEIGHTS
+    Raises `ValueError` for a name that no judge has.
+    """
+    _check_name(name)
+    if name == EMBEDDED:
+        from evaluation.scorer import scorer_files
+
+        _, file = scorer_files(weights)
         if not file.is_file():
             raise FileNotFoundError(f"there is no scorer at {file}; scripts/train_scorer.py makes one")
         return file

@@ -75,6 +75,12 @@ def nearest_similarity(generated: Tensor, training: Tensor) -> Tensor:
     return cosines(generated, training).amax(1)
 
 
+def nearest_other_similarity(features: Tensor) -> Tensor:
+    """Cosine (N,) of each picture (N, D) of a set with the other one nearest to it; not-a-number for a single one."""
+    matrix = cosines(features, features).fill_diagonal_(-torch.inf)
+    return matrix.amax(1) if len(matrix) > 1 else matrix.new_full((1,), torch.nan)
+
+
 def clip_score(cosine: Tensor, weight: float = CLIPSCORE_WEIGHT) -> Tensor:
     """CLIPScore `weight * max(cosine, 0)` of cosines of any shape."""
     return weight * cosine.clamp_min(0)

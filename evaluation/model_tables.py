@@ -14,6 +14,7 @@ from evaluation.cells import Progress, Store, Unit, digest, fingerprint, shard
 from evaluation.experiments import ModelSpec, Row, Sampling, Table, sampling_options
 from evaluation.fidelity import (
     FeatureNetwork,
+    check_inception,
     features_of,
     frechet_distance,
     inception_score,
@@ -94,13 +95,18 @@ def score_first_stage(
             pairs.append(network(to_bytes(made)))
             real.append(network(to_bytes(images))[0])
     columns = {"psnr": torch.cat(signal), "ssim": torch.cat(structure)}
-    parts = {name: [part.mean().item() for part in column.chunk(PARTS)] for name, column in columns.items()}
+    parts = {name: [part.mean().item() for part in split_evenly(column)] for name, column in columns.items()}
     values = {}
     if network is not None:
         features, logits = (torch.cat(part) for part in zip(*pairs, strict=True))
         values["fid"] = frechet_distance(torch.cat(real), features)
         values["inception_score"] = inception_score(logits)
     return {"metrics": values, "parts": parts}
+
+
+def split_evenly(values: Tensor) -> Sequence[Tensor]:
+    """Values (N,) in `PARTS` parts (N, if those are fewer) of nearly the same size, which weigh the same."""
+    return values.tensor_split(min(PARTS, len(values)))
 
 
 @torch.no_grad()
@@ -225,8 +231,10 @@ class ModelTable:
             parts: Mapping[str, Sequence[float]] = result.get("parts", {})
             for number in range(max(map(len, parts.values()), default=1)):
                 own = {name: values[number] for name, values in parts.items()}
+                if number == 0:  # figures of all pictures stand there once, so that they get no interval
+                    own |= result["metrics"]
                 label = f"part {number}" if parts else ALL
-                records.append({"row": row, "concept": label, "seed": 0, **result["metrics"], **own})
+                records.append({"row": row, "concept": label, "seed": 0, **own})
         return records
 
     def first_stages(self, part: tuple[int, int], report_only: bool) -> dict[str, Unit]:
@@ -239,6 +247,9 @@ class ModelTable:
                 units[row.name] = first_stage_unit(row, self.table, self.files, self.network_file)
             except FileNotFoundError as error:
                 log.warning("%s is left out: %s", row.label, error)
+        if not units:
+            raise FileNotFoundError(f"{self.table.name}: the weights of no row are there; see the warnings for where")
+        self.rows = [row for row in self.rows if row.name in units]
         rows = {unit.key: self.table.row(name) for name, unit in units.items()}
         network = None if report_only else self.network()
 
@@ -271,6 +282,7 @@ class ModelTable:
 
         every = [unit for units in plan.values() for unit, _ in units]
         if not report_only:
+            check_inception(self.network_file)  # or it would be missing after days of drawing
             Progress(self.store).run("Drawings", shard(every, lambda unit: unit.key, part), draw)
             loaded.clear()
         whole = {name: units for name, units in plan.items() if all(self.store.is_done(unit) for unit, _ in units)}

@@ -17,12 +17,14 @@ from evaluation.experiments import (
     Sampling,
     Table,
     TrainingOptions,
+    kept_step,
     prompts_for,
     read_yaml,
     sampling_options,
     training_options,
 )
 from evaluation.judges import judge_file
+from ldm.data.templates import per_img_token_list
 from ldm.generate_model import find_model_files
 
 VERSION = 1  # to be raised when a change of the code makes earlier results wrong
@@ -145,7 +147,7 @@ class Planner:
             for seed in request.seeds
             for concept in request.concepts
             for row in request.table.rows
-            if row.source != "published" and lacks(row, concept) is None
+            if row.source != "published" and lacks(row, concept, request.model) is None
         ]
 
     def cell(self, row: Row, concept: Concept, seed: int) -> Cell:
@@ -182,9 +184,7 @@ class Planner:
         request = self.request
         words = []
         if row.source == "word":
-            step = options.steps if row.at_step is None else row.at_step
-            if row.at_step is not None and request.quick:
-                step = request.model.quick.scaled(row.at_step)
+            step = kept_step(request.model, row, request.model.quick if request.quick else None)
             words.append(LearnedWord(self.training(concept, options, seed), step, WORD))
         if row.second:
             assert request.second is not None
@@ -241,6 +241,8 @@ class Planner:
             "image_over": table.image_over,
             "self_pairs": table.self_pairs,
         }
+        if table.antialias:
+            settings["antialias"] = True
         pictures = second.pictures[: options.pictures] if second else ()
         return Scoring(Unit("score", plain(settings)), drawing, texts, concept.pictures[:count], pictures, table)
 
@@ -318,13 +320,17 @@ def check_request(request: Request) -> None:
         raise ValueError(f"{table.name} needs the concept '{table.second}' too")
 
 
-def lacks(row: Row, concept: Concept) -> str | None:
-    """What of a row's needs a concept has not: its captions, or as many pictures; None if it has all."""
+def lacks(row: Row, concept: Concept, model: ModelSpec) -> str | None:
+    """What keeps a concept from having a row: no captions, too few or too many pictures; None if nothing does."""
     if row.source == "captions" and not concept.captions.get(row.captions):
-        return f"{row.captions} captions"
+        return f"no {row.captions} captions"
     wanted = row.training.get("pictures")
     if row.source == "word" and wanted is not None and wanted > len(concept.pictures):
-        return f"{wanted} pictures"
+        return f"no {wanted} pictures"
+    options = training_options(model, row)
+    most = len(per_img_token_list)
+    if row.source == "word" and options.per_image_tokens and len(concept.pictures[: options.pictures]) > most:
+        return f"more than {most} pictures for per-image tokens"
     return None
 
 
@@ -333,6 +339,6 @@ def left_out(request: Request) -> str:
     without: dict[str, list[str]] = {}
     for row in request.table.rows:
         for concept in request.concepts:
-            if what := lacks(row, concept):
-                without.setdefault(f"no {what}", []).append(concept.label)
+            if what := lacks(row, concept, request.model):
+                without.setdefault(what, []).append(concept.label)
     return "; ".join(f"{what} of {', '.join(labels)}" for what, labels in without.items())

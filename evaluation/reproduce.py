@@ -77,7 +77,8 @@ def reproduce(options: Options, train: TrainCommand) -> TableResult:
     if not options.report_only:
         log.info("%s on %s: %d cells%s", table.name, model.name, len(cells), share(len(mine), len(cells)))
         pictures = options.export is not None or table.options.get("layout") == "dreambench_plus"
-        Workshop(model, store, train, options.device, options.weights).run(mine, pictures=pictures)
+        workshop = Workshop(model, store, train, options.device, options.weights, table.antialias)
+        workshop.run(mine, pictures=pictures)
     result = collect(request, cells, store, {"Command": options.command} if options.command else {})
     if table.options.get("layout") == "dreambench_plus":
         result = finish_dreambench_plus(result, request, cells, store, options)

@@ -98,12 +98,10 @@ def summarise(
         array *= table.scale.get(metric, 1.0)
     bootstrap = Bootstrap(len(concepts), len(seeds))
     means = {key: bootstrap.mean(array) for key, array in values.items()}
-    by_concept = {key: bootstrap.by_concept(array) for key, array in values.items()}
     missing = np.full((len(concepts), len(seeds)), math.nan)
     named = {pair for claim in table.claims for pair in claim.rows()}
     named |= {pair for measure in table.measures for pair in measure.rows()}
-    for pair in named - set(values):
-        values[pair], by_concept[pair] = missing, bootstrap.by_concept(missing)
+    values |= dict.fromkeys(named - set(values), missing)
     return TableResult(
         table=table,
         intervals={key: bootstrap.interval(values[key]) for key, mean in means.items() if not math.isnan(mean)},
@@ -112,7 +110,7 @@ def summarise(
             measure.says: bootstrap_interval(measure.compute, shared(values, measure.rows()), bootstrap)
             for measure in table.measures
         },
-        concepts=concept_records(table, concepts, by_concept),
+        concepts=concept_records(table, concepts, values, bootstrap),
         cells=list(records),
         facts=facts,
         done=len(records),
@@ -133,11 +131,17 @@ def shared(
 
 
 def concept_records(
-    table: Table, concepts: Sequence[str], by_concept: Mapping[tuple[str, str], np.ndarray]
+    table: Table, concepts: Sequence[str], values: Mapping[tuple[str, str], np.ndarray], bootstrap: Bootstrap
 ) -> list[dict[str, Any]]:
     """For each concept the means over its seeds of the table's columns, and the table's measures."""
-    columns = {f"{metric}({row})": array for (metric, row), array in by_concept.items() if metric in table.columns}
-    columns |= {measure.says: measure.compute(look_up_in(by_concept)) for measure in table.measures}
+    columns = {
+        f"{metric}({row})": bootstrap.by_concept(array)
+        for (metric, row), array in values.items()
+        if metric in table.columns
+    }
+    for measure in table.measures:
+        paired = {pair: bootstrap.by_concept(array) for pair, array in shared(values, measure.rows()).items()}
+        columns[measure.says] = measure.compute(look_up_in(paired))
     return [
         {"concept": concept} | {name: float(array[at]) for name, array in columns.items()}
         for at, concept in enumerate(concepts)

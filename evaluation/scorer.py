@@ -233,19 +233,28 @@ def background_phrase(colour: str) -> str:
     return f"on {article(colour)} background"
 
 
+def scorer_files(folder: str | Path | None = None) -> tuple[Path, Path]:
+    """Config and weights of the scorer in a folder, which one of the two may stand for; default: the shipped ones."""
+    from ldm.resources import config_path
+
+    if folder is None:
+        config = config_path(CONFIG)
+    else:
+        config = (Path(folder).parent if Path(folder).is_file() else Path(folder)) / "config.yaml"
+    return config, config.parent / WEIGHTS
+
+
 def load_scorer(folder: str | Path | None = None, device: str | torch.device = "cpu") -> Scorer:
     """The scorer in `folder` (`config.yaml`, `model.safetensors`; default: the shipped one), ready to judge.
 
-    Raises `FileNotFoundError` when its weights are missing.
+    `folder` may also name one of the two files. Raises `FileNotFoundError` when its weights are missing.
     """
     from omegaconf import OmegaConf
     from safetensors.torch import load_file
 
-    from ldm.resources import config_path
     from ldm.util import freeze, instantiate_from_config, to_plain
 
-    config = config_path(CONFIG) if folder is None else Path(folder) / "config.yaml"
-    weights = config.parent / WEIGHTS
+    config, weights = scorer_files(folder)
     if not config.is_file() or not weights.is_file():
         raise FileNotFoundError(
             f"{config.parent}: no scorer ({config.name}, {WEIGHTS}); scripts/train_scorer.py makes one"

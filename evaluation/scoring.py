@@ -42,3 +42,14 @@ def score_features(generated: Tensor, training: Tensor, text: Tensor | None = No
         values["text"] = metrics.text_similarity(generated, text)
         values["text_mean"] = metrics.mean_text_similarity(generated, text)
     return {name: value.item() for name, value in values.items()}
+
+
+def score_set(features: Tensor) -> dict[str, float]:
+    """Scores of pictures (N, D) among themselves, none of them compared with itself."""
+    nearest = metrics.nearest_other_similarity(features)
+    values = {
+        "image_distinct": metrics.self_similarity(features),
+        "nearest": nearest.mean(),
+        "nearest_max": nearest.max(),
+    }
+    return {name: value.item() for name, value in values.items()}

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,18 @@ def unit(result: TableResult) -> str:
 
 
 def progress_note(result: TableResult) -> str:
-    """Says when some cells are missing; else empty."""
-    if result.done == result.total:
+    """Says when some cells are missing, and which rows cannot be compared for it; else empty."""
+    if result.done >= result.total:
         return ""
-    return f"Not finished: {result.done} of {result.total} cells are there. The same command goes on."
+    without = ", without --rows," if "--rows" in result.facts.get("Command", "").split() else ""
+    note = f"Not finished: {result.done} of {result.total} cells are there. The same command{without} goes on."
+    counts = Counter(record["row"] for record in result.cells)
+    most = max(counts.values(), default=0)
+    few = [f"{row.label} {counts[row.name]}" for row in result.table.rows if 0 < counts[row.name] < most]
+    if few:
+        note += f" Of {most} cells that other rows have, there are so far: {', '.join(few)}. Compare these rows with "
+        note += "others only by the claims, which take the same cells of both."
+    return note
 
 
 def source_note(result: TableResult) -> str:

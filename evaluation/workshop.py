@@ -15,9 +15,8 @@ from evaluation.cells import Progress, Store, Unit
 from evaluation.experiments import ModelSpec
 from evaluation.image_dirs import load_images
 from evaluation.judges import Judge, is_blind_to_text, load_judge
-from evaluation.metrics import self_similarity
 from evaluation.plan import Cell, Drawing, LearnedWord, Scoring
-from evaluation.scoring import score_features
+from evaluation.scoring import score_features, score_set
 from evaluation.training_runs import TrainCommand, learn, quiet, word_file
 from ldm.generate_model import select_device
 
@@ -32,6 +31,7 @@ class Workshop:
 
     train: main.py's command.
     weights: judges' local weight files, by alias.
+    antialias: as the table has it.
     """
 
     def __init__(
@@ -41,12 +41,14 @@ class Workshop:
         train: TrainCommand,
         device: str = "auto",
         weights: Mapping[str, str] | None = None,
+        antialias: bool = False,
     ) -> None:
         self.spec = model
         self.store = store
         self.train = train
         self.device = device
         self.weights = weights or {}
+        self.antialias = antialias
         self._model: Any = None
         self._judges: dict[str, Judge] = {}
         self._given: dict[tuple[str, tuple[Path, ...]], Tensor] = {}
@@ -64,6 +66,8 @@ class Workshop:
             log.info("%d of %d cells are there", len(cells) - len(missing), len(cells))
         if not missing:
             return
+        for alias in self.spec.judges:
+            self.judge(alias)  # what is wrong with their files shows before hours of training
         cells = missing
         trainings = {job.unit.key: job for cell in cells for job in cell.trainings}
         drawings = {cell.drawing.unit.key: cell.drawing for cell in cells if cell.drawing is not None}
@@ -157,7 +161,8 @@ class Workshop:
         """The judge of that alias, loaded when it is needed."""
         if alias not in self._judges:
             name = self.spec.judges[alias]
-            self._judges[alias] = load_judge(name, self.weights.get(alias), select_device(self.device))
+            device = select_device(self.device)
+            self._judges[alias] = load_judge(name, self.weights.get(alias), device, self.antialias)
         return self._judges[alias]
 
     def score(self, job: Scoring) -> dict[str, Any]:
@@ -172,7 +177,7 @@ class Workshop:
                 words = None if is_blind_to_text(name) else self.text(alias, text)
                 values = score_features(made, reference, words)
                 if job.drawing is None:
-                    values["image_distinct"] = self_similarity(made).item()
+                    values |= score_set(made)
                     if not job.table.self_pairs:
                         values["image"] = values["image_distinct"]
                 if other is not None:
@@ -223,5 +228,6 @@ def summary(per_prompt: Sequence[Mapping[str, float]], image_over: str) -> dict[
     for metric in per_prompt[0]:
         is_text = metric.endswith(AVERAGED_OVER_EDITING)
         over = editing if is_text else per_prompt if metric.endswith("diversity") else rest
-        values[metric] = torch.tensor([prompt[metric] for prompt in over], dtype=torch.float64).mean().item()
+        column = torch.tensor([prompt[metric] for prompt in over], dtype=torch.float64)
+        values[metric] = (column.max() if metric.endswith("nearest_max") else column.mean()).item()
     return values

@@ -24,6 +24,8 @@ examples:
         --scorer ViT-B/32 dino-vits16 --scorer_weights ViT-B-32.safetensors dino_deitsmall16_pretrain.pth
 """
 OWN_SCORER, PAPERS_SCORER = "emoji64", "ViT-B/32"
+OWN_MODEL = "models/ldm/emoji64"
+SETTINGS = ("sampler", "ddim_steps", "scale", "H", "W", "ckpt_path", "config", "precision", "embedding_path")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scorer", nargs="+", metavar="NAME",
         help=f"{OWN_SCORER}, a CLIP model (ViT-B/32, ViT-H-14, ...), a DINO model (dino-vits16, dino-vitb8), or several"
         f" (default: {OWN_SCORER} for the model that comes along, else {PAPERS_SCORER})")  # fmt: skip
-    add("--scorer_weights", nargs="+", default=[], metavar="FILE", help="their local weight files, in the same order")
+    add(
+        "--scorer_weights",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="their local weight files or folders, in the same order",
+    )
     add("--n_samples", type=int, default=64, metavar="N", help="pictures (default: 64, as in the paper)")
     add("--ddim_steps", "--steps", type=int, default=50, metavar="N", help="steps of the sampler (default: 50)")
     add("--sampler", default="ddim", choices=("ddim", "plms", "dpm", "ddpm"), help="default: ddim")
@@ -63,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; the default scorer depends on the model."""
     args = build_parser().parse_args(argv)
-    args.scorer = args.scorer or [OWN_SCORER if args.ckpt_path is None else PAPERS_SCORER]
+    args.scorer = args.scorer or [OWN_SCORER if is_own_model(args.ckpt_path) else PAPERS_SCORER]
     if args.scorer_weights and len(args.scorer_weights) != len(args.scorer):
         raise ValueError(f"{len(args.scorer_weights)} --scorer_weights for {len(args.scorer)} --scorer: give one each")
     for flag in ("n_samples", "batch_size"):
@@ -72,15 +80,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def draw(model: Any, args: argparse.Namespace) -> Tensor:
-    """Pictures (N, 3, H, W) in [-1, 1] of the prompt, saved as they are made."""
+def is_own_model(path: str | None) -> bool:
+    """Whether `--ckpt_path` means the model that comes along."""
+    from ldm.resources import resource_root
+
+    return path is None or (resource_root() / OWN_MODEL) in (Path(path).resolve(), *Path(path).resolve().parents)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the pictures depend on besides their prompt and seed; goes into their metadata."""
+    from ldm.generate_words import fingerprint
+
+    return {flag: getattr(args, flag) for flag in SETTINGS} | {
+        "embedding_sha256": [fingerprint(path) for path in args.embedding_path]
+    }
+
+
+def draw(model: Any, args: argparse.Namespace) -> tuple[Tensor, list[Path]]:
+    """Pictures (N, 3, H, W) in [-1, 1] of the prompt, saved as they are made, and their files."""
     import torch
 
-    from ldm.generate import SamplingOptions, iter_images, save_images, to_uint8
+    from ldm.generate import SamplingOptions, iter_images, require_finite, save_images, to_uint8
 
+    common = settings_of(args)
     options = SamplingOptions(args.sampler, args.ddim_steps, scale=args.scale, height=args.H, width=args.W)
     seeds = [args.seed + k for k in range(args.n_samples)]
-    parts = []
+    parts: list[Tensor] = []
+    files: list[Path] = []
     for images in iter_images(
         model,
         [args.prompt] * args.n_samples,
@@ -90,16 +116,19 @@ def draw(model: Any, args: argparse.Namespace) -> Tensor:
         precision=args.precision,
         verbose=True,
     ):
+        require_finite(images)
         parts.append(images.clamp(-1, 1).cpu())
-        first = sum(len(part) for part in parts[:-1])
-        settings = [{"prompt": args.prompt, "seed": seed} for seed in seeds[first : first + len(images)]]
-        save_images(to_uint8(images), args.out_dir, settings)
-    return torch.cat(parts)
+        now = seeds[len(files) : len(files) + len(images)]
+        files += save_images(to_uint8(images), args.out_dir, [{"prompt": args.prompt, "seed": s} | common for s in now])
+    return torch.cat(parts), files
 
 
-def save_scores(args: argparse.Namespace, text: str, scores: dict[str, dict[str, float]], grid: np.ndarray) -> Path:
-    """Write `scores.json` with what led to them, and a grid of the pictures."""
+def save_scores(
+    args: argparse.Namespace, text: str, scores: dict[str, dict[str, float]], grid: np.ndarray, files: Sequence[Path]
+) -> Path:
+    """Write `scores.json` with what led to them, and a grid of the pictures; what is not known is null there."""
     import json
+    import math
 
     from ldm.checkpoint import atomic_path
     from ldm.generate import save_grid
@@ -114,12 +143,16 @@ def save_scores(args: argparse.Namespace, text: str, scores: dict[str, dict[str,
         "sampler": args.sampler,
         "scale": args.scale,
         "seed": args.seed,
-        "scores": scores,
+        "pictures": [file.name for file in files],
+        "scores": {
+            name: {metric: value if math.isfinite(value) else None for metric, value in values.items()}
+            for name, values in scores.items()
+        },
     }
     save_grid(grid, Path(args.out_dir) / "grid.png")
     path = Path(args.out_dir) / "scores.json"
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 
@@ -131,16 +164,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     from evaluation.judges import is_blind_to_text, load_judge
     from evaluation.scoring import METRICS, score
     from ldm.generate import load_model, to_uint8
+    from ldm.generate_command import check_words
+    from ldm.generate_files import require_folder
     from ldm.generate_words import load_words
 
     weights = args.scorer_weights or [None] * len(args.scorer)
+    require_folder(args.out_dir)
     load_folder(args.data_dir, size=8)  # what is wrong with the pictures shows before a large model is loaded
     model = load_model(args.ckpt_path, args.config, device=args.device, precision=args.precision)
     judges = {name: load_judge(name, file, model.device) for name, file in zip(args.scorer, weights, strict=True)}
     words = load_words(model, args.embedding_path)
     args.prompt = args.prompt or f"a photo of {words[0]}"
+    check_words([args.prompt], words)
     text = without_words(args.prompt, words)
-    pictures = draw(model, args)
+    pictures, files = draw(model, args)
     training = load_folder(args.data_dir, size=min(pictures.shape[2:]))
     scores = {
         name: score(judge, pictures, training, None if is_blind_to_text(name) else text)
@@ -150,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name} (raw cosines, {len(pictures)} pictures)")
         for metric, value in values.items():
             print(f"  {metric:12} {value:7.4f}  {METRICS[metric]}")
-    print(save_scores(args, text, scores, to_uint8(pictures)))
+    print(save_scores(args, text, scores, to_uint8(pictures), files))
 
 
 if __name__ == "__main__":

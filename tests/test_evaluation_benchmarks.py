@@ -47,13 +47,14 @@ def judges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file.write_bytes(b"random")
 
     @functools.cache
-    def load_random(name: str, weights: object, device: torch.device) -> object:
+    def load_random(name: str, weights: object, device: torch.device, antialias: bool) -> object:
         del weights, device
         torch.manual_seed(0)
         if name.startswith("dino"):
             monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=1))
             return DINOEncoder(name, model=bare_dino("dino-vits16"))
-        return CLIPEvaluator(clip_model=name, model=open_clip.create_model("ViT-B-32-quickgelu", load_weights=False))
+        model = open_clip.create_model("ViT-B-32-quickgelu", load_weights=False)
+        return CLIPEvaluator(clip_model=name, model=model, antialias=antialias)
 
     monkeypatch.setattr(workshop, "load_judge", load_random)
     monkeypatch.setattr(plan, "judge_file", lambda name, weights: file)

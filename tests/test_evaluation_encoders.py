@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shutil
 
 import numpy as np
 import open_clip
@@ -22,10 +23,12 @@ from evaluation.clip_eval import (
     build_clip,
     without_words,
 )
-from evaluation.clip_eval_weights import find_weights, read_clip_weights
+from evaluation.clip_eval_weights import find_weights, from_hugging_face, read_clip_weights
 from evaluation.dino import DINOEncoder, bare_dino, build_dino
 from evaluation.image_dirs import concept_folders, load_folder, load_images
-from evaluation.judges import load_judge
+from evaluation.judges import judge_file, load_judge
+from evaluation.scorer import load_scorer
+from ldm.util import ConfigError
 from tests.tiny_judges import tiny_clip, tiny_evaluator
 from tests.tiny_models import text_model
 
@@ -235,6 +238,54 @@ def test_dino_features(tmp_path, monkeypatch: pytest.MonkeyPatch):
         build_dino("dino-vits16", tmp_path / "less.safetensors")
 
 
+@pytest.mark.parametrize("name", ["dino-vits16", "ViT-B/32"])
+def test_weights_of_other_sizes_are_refused_in_one_line(name: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    small = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: small)
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: small)
+    save_file({"weight": torch.zeros(3, 3), "bias": torch.zeros(2)}, tmp_path / "w.safetensors")
+    build = build_dino if name.startswith("dino") else build_clip
+    with pytest.raises(ValueError, match="w.safetensors does not fit.*size mismatch for weight") as caught:
+        build(name, tmp_path / "w.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_dinov2_as_published(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=1))
+    model = bare_dino("dinov2-vits14")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    ramp = torch.linspace(0, 1, 37).reshape(1, 37, 1, 1).expand(1, 37, 37, 384)  # of 518 pixels
+    state["pos_embed"] = torch.cat([torch.full((1, 1, 384), 5.0), ramp.reshape(1, -1, 384)], dim=1)
+    save_file(state | {"mask_token": torch.zeros(1, 384)}, tmp_path / "dinov2.safetensors")
+    positions = build_dino("dinov2-vits14", tmp_path / "dinov2.safetensors").pos_embed
+    assert positions.shape == (1, 1 + 16 * 16, 384)
+    assert torch.all(positions[:, 0] == 5)
+    grid = positions[0, 1:, 0].reshape(16, 16)
+    torch.testing.assert_close(grid[:, 3], torch.linspace(grid[0, 3], grid[-1, 3], 16), atol=0.02, rtol=0)
+
+
+def test_judges_by_name():
+    with pytest.raises(ValueError, match="no judge 'dino-vits61'.*did you mean 'dino-vits16'"):
+        judge_file("dino-vits61")
+    shipped = judge_file("emoji64")
+    assert judge_file("emoji64", shipped) == judge_file("emoji64", shipped.parent) == shipped
+    assert torch.equal(load_scorer(shipped).pieces, load_scorer().pieces)
+
+
+def test_an_incomplete_file_of_hugging_face_is_named():
+    state = {"text_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}
+    with pytest.raises(ConfigError, match="lacks k_proj of 'transformer.resblocks.0.attn.in_proj_weight'"):
+        from_hugging_face(state)
+
+
+def test_loading_clip_says_nothing_of_random_weights(tmp_path, caplog: pytest.LogCaptureFixture):
+    model = open_clip.create_model("RN50", load_weights=False)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "clip.safetensors")
+    caplog.clear()
+    build_clip("RN50", tmp_path / "clip.safetensors")
+    assert "randomly" not in caplog.text
+
+
 # -- pictures ------------------------------------------------------------------------------------------------------
 
 
@@ -250,8 +301,16 @@ def test_folders_of_pictures(tmp_path):
     with pytest.raises(ValueError, match="no picture to load"):
         load_images([])
     assert concept_folders(tmp_path) == [tmp_path]
-    (tmp_path / "cat").mkdir()
-    assert concept_folders(tmp_path) == [tmp_path / "cat"]
+    (tmp_path / "empty").mkdir()
+    assert concept_folders(tmp_path) == [tmp_path]
+    several = tmp_path / "several"
+    (several / "cat").mkdir(parents=True)
+    shutil.copy(tmp_path / "a.png", several / "cat")
+    assert concept_folders(several) == [several / "cat"]
+    shutil.copy(tmp_path / "a.png", several)
+    with pytest.raises(ValueError, match=r"holds pictures and folders of pictures \(cat\)"):
+        concept_folders(several)
+    assert concept_folders(several, ["cat"]) == [several / "cat"]
     with pytest.raises(FileNotFoundError, match="no concept 'dog'"):
         concept_folders(tmp_path, ["dog"])
     with pytest.raises(FileNotFoundError, match="is no folder"):

@@ -18,10 +18,27 @@ from PIL import Image
 
 import main
 from evaluation.cells import Store
-from evaluation.claims import Claim
+from evaluation.claims import Claim, Measure
 from evaluation.concepts import read_concepts
-from evaluation.experiments import TrainingOptions, read_model, read_table, read_yaml, table_names, training_options
-from evaluation.plan import Planner, Request, in_place_of_word, model_fingerprint, what_is_learned
+from evaluation.experiments import (
+    Prompts,
+    TrainingOptions,
+    kept_step,
+    read_model,
+    read_table,
+    read_yaml,
+    table_names,
+    training_options,
+)
+from evaluation.plan import (
+    Planner,
+    Request,
+    in_place_of_word,
+    lacks,
+    model_fingerprint,
+    what_is_learned,
+    wordings,
+)
 from evaluation.reproduce import Options, make_request, reproduce
 from evaluation.results import TableResult, summarise
 from evaluation.stats import HOLDS
@@ -505,6 +522,7 @@ def test_means_over_prompts():
     assert first == pytest.approx({"image": 0.9, "text": 0.3, "diversity": 0.4, "dino_image": 0.5})
     assert summary(prompts, "all")["image"] == pytest.approx(0.5)
     assert summary(prompts[:1], "reconstruction")["text"] == pytest.approx(0.1)
+    assert summary([{"nearest_max": 0.2}, {"nearest_max": 1.0}], "all")["nearest_max"] == 1.0
 
 
 def test_missing_cells_are_said(world: Options):
@@ -516,6 +534,66 @@ def test_missing_cells_are_said(world: Options):
     assert "0.500 & 0.800" in to_latex(result)
     assert r"captions \& co" in to_latex(result)
     assert "set,training set,,,,0.2,0.5,,,0.8" in to_csv(result)
+
+
+def test_rows_of_fewer_cells_are_named(world: Options):
+    table = read_table(world.table)
+    records = [{"row": "set", "concept": c, "seed": 0, "image": 0.5} for c in ("cat", "mug")]
+    records.append({"row": "ours", "concept": "cat", "seed": 0, "image": 0.9})
+    command = {"Command": "python scripts/reproduce_tables.py --rows set ours"}
+    page = to_markdown(summarise(table, records, ["cat", "mug"], [0], command, 12))
+    assert (
+        "The same command, without --rows, goes on. Of 2 cells that other rows have, there are so far: one word 1."
+        in page
+    )
+    assert "there are so far" not in to_markdown(summarise(table, records[:2], ["cat", "mug"], [0], {}, 12))
+
+
+def test_measures_of_a_concept_are_paired_over_its_seeds(world: Options):
+    measure = Measure("gain", "image(ours) - image(bare)")
+    table = dataclasses.replace(read_table(world.table), measures=(measure,), claims=())
+    values = {("ours", 0): 0.5, ("ours", 1): 0.7, ("bare", 0): 0.1}
+    records = [{"row": row, "concept": "cat", "seed": s, "image": v} for (row, s), v in values.items()]
+    result = summarise(table, records, ["cat"], [0, 1], {}, 4)
+    assert result.concepts[0]["gain"] == pytest.approx(0.4)
+    assert result.concepts[0]["image(ours)"] == pytest.approx(0.6)
+
+
+def test_real_pictures_are_not_their_own_nearest(result: TableResult):
+    by_row = {record["row"]: record for record in result.cells if record["concept"] == "cat"}
+    assert by_row["set"]["nearest"] <= by_row["set"]["nearest_max"] < 1 - 1e-6
+
+
+@pytest.mark.parametrize("name", ["embedded", "ldm", "sd15"])
+def test_the_quick_sweep_takes_states_that_are_kept(name: str):
+    model = read_model(name)
+    table = read_table("sweep_steps", name)
+    steps = []
+    for row in (row for row in table.rows if row.source == "word"):
+        options = training_options(model, row, model.quick)
+        steps.append(kept_step(model, row, model.quick))
+        assert steps[-1] == options.steps or steps[-1] % options.save_every == 0
+        assert kept_step(model, row) == row.at_step
+    assert steps == sorted(set(steps))
+    assert steps[-1] == training_options(model, table.rows[-1], model.quick).steps
+    odd = dataclasses.replace(table.rows[-1], at_step=7)
+    with pytest.raises(ConfigError, match="wants the word at step 7, but `save_every` keeps every"):
+        kept_step(model, odd)
+
+
+def test_dreambooths_bare_prompts_have_the_class(world: Options):
+    row = read_table("dreambooth").row("prompt_only")
+    (concept,) = read_concepts(world.concepts, ["cat"])
+    prompts = Prompts("a *", ("a * in the jungle",))
+    assert wordings(row, concept, prompts) == (("a sculpture",), ("a sculpture in the jungle",))
+
+
+def test_more_pictures_than_letters_leave_out_per_image_tokens(tmp_path: Path):
+    write_concept(tmp_path / "cat", 0, pictures=23, init_word="sculpture")
+    (concept,) = read_concepts(tmp_path)
+    row = read_table("figure10").row("per_image_tokens")
+    assert "more than 22 pictures" in lacks(row, concept, read_model("ldm"))
+    assert lacks(row, concept, read_model("embedded")) is None  # it takes five of them
 
 
 def test_a_scale_is_for_display_and_claims_alike(world: Options):
@@ -545,6 +623,19 @@ def test_a_scale_is_for_display_and_claims_alike(world: Options):
         ({"measures": [{"says": "x", "value": "image(our) - 1"}]}, "did you mean 'ours'"),
         ({"measures": [{"says": "x", "value": "image(ours"}]}, "no sum of"),
         ({"titel": ""}, "did you mean 'title'"),
+        ({"claims": [{"says": "", "holds_if": "imge(ours) > 0"}]}, "no metric 'imge'.*did you mean 'image'"),
+        ({"claims": [{"says": "", "holds_if": 5}]}, "no inequality"),
+        ({"claims": [{"says": "", "holds_if": "1 / 0 > image(ours)"}]}, "cannot be computed"),
+        ({"claims": [{"says": "", "holds_if": "-" * 5000 + "image(ours) > 0"}]}, "no inequality"),
+        ({"claims": "image(ours) > 0"}, "claims should be a list"),
+        ({"measures": [{"says": "x", "value": 0.5}]}, "no sum of"),
+        ({"columns": "image"}, "columns should be a list of texts"),
+        ({"columns": ["clip_image", "images"]}, "no metric 'images'"),
+        ({"rows": ["ours"]}, "rows: expected keys and values"),
+        ({"for_model": ["x"]}, "for_model: expected keys and values"),
+        ({"rows": {"ours": {"prompts": {"editing": "* on the moon"}}}}, "should be a list of texts"),
+        ({"rows": {"ours": {"sampling": {"sampler": "dmp"}}}}, "no sampler 'dmp'.*did you mean 'dpm'"),
+        ({"rows": {"ours": {"published": {"text": "high"}}}}, "published text is no number"),
     ],
 )
 def test_mistakes_in_a_table_are_named(change: dict, message: str, tmp_path: Path):

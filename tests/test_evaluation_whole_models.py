@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evaluation import model_tables
 from evaluation.fidelity import frechet_distance, inception_score, kernel_distance, load_inception
+from evaluation.model_tables import split_evenly
 from evaluation.reproduce import Options, reproduce
 from ldm.generate_files import read_settings
 from tests.tiny_evaluation import write_models_file
@@ -62,6 +63,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return small @ projection, small @ projection.flip(0)
 
     monkeypatch.setattr(model_tables, "load_inception", lambda weights, device: features)
+    monkeypatch.setattr(model_tables, "check_inception", lambda weights: None)
     return calls
 
 
@@ -107,11 +109,14 @@ def test_first_stages(network: list[int], pictures: Path, tmp_path: Path, caplog
     options = options_for({**FIRST_STAGES, "rows": rows}, tmp_path, pictures)
     result = reproduce(options, refuse)
     assert "lost is left out" in caplog.text
+    assert result.done == result.total
     for name in stages:
         found = {metric: result.intervals[metric, name] for metric in FIRST_STAGES["columns"]}
         assert found["psnr"].low < found["psnr"].mean < found["psnr"].high
         assert -1 <= found["ssim"].mean <= 1
         assert found["fid"].mean > 0
+        assert np.isnan(found["fid"].low)  # one figure of all pictures: it has no interval
+        assert np.isnan(found["fid"].high)
         assert found["inception_score"].mean >= 1
     record = json.loads((tmp_path / "out" / "table.json").read_text())
     assert record["rows"]["theirs"]["published"]["psnr"] == 9.0
@@ -140,6 +145,28 @@ def test_pictures_from_captions_in_shards(network: list[int], pictures: Path, tm
     assert (result.done, result.total) == (2, 2)
     assert result.findings[0].verdict == "undecided"  # single figures have no intervals
     assert read_settings(drawn[0])["prompt"] == "a photo of a sculpture"
+
+
+def test_parts_weigh_the_same():
+    for count in (1, 7, 23, 50):
+        parts = split_evenly(torch.arange(count, dtype=torch.float64))
+        assert len(parts) == min(20, count)
+        assert torch.equal(torch.cat(list(parts)), torch.arange(count, dtype=torch.float64))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_what_fid_needs_is_missed_before_anything_is_drawn(pictures: Path, tmp_path: Path):
+    options = options_for(TEXT_TO_IMAGE, tmp_path, pictures)
+    with pytest.raises(FileNotFoundError, match="no feature network at nowhere.pth"):
+        reproduce(dataclasses.replace(options, inception_weights="nowhere.pth"), refuse)
+    assert not list((tmp_path / "store").rglob("*.png"))
+
+
+def test_a_table_without_any_first_stage_says_so(pictures: Path, tmp_path: Path):
+    rows = {"lost": {"options": {"name": "no-such-stage"}}}
+    options = options_for({**FIRST_STAGES, "rows": rows, "claims": []}, tmp_path, pictures)
+    with pytest.raises(FileNotFoundError, match="the weights of no row are there"):
+        reproduce(options, refuse)
 
 
 def test_what_a_table_of_models_needs(pictures: Path, tmp_path: Path):
