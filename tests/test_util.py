@@ -43,6 +43,24 @@ def test_a_config_cannot_call_any_function(target: str, monkeypatch: pytest.Monk
         instantiate_from_config({"target": target, "params": {"command": "true"}})
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        "evaluation.speed.runs.timed_process",
+        "evaluation.tables.write_text",
+        "main.main",
+        "ldm.checkpoint_save.save_safely",
+        "torch.nn.functional.relu",
+        "taming.data.imagenet.ImageNetTrain",
+        "pytorch_lightning.cli.LightningCLI",
+    ],
+)
+def test_a_config_cannot_call_our_functions_either(target: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LDM_TRUSTED_PACKAGES")
+    with pytest.raises(ConfigError, match="is no class|in no package that configs may use"):
+        get_obj_from_str(target)
+
+
 def test_a_frozen_module_stays_in_eval_also_as_a_copy():
     copied = copy.deepcopy(freeze(nn.Sequential(nn.Dropout(), nn.Linear(2, 2))))
     pickled = pickle.loads(pickle.dumps(copied))

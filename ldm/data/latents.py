@@ -43,13 +43,11 @@ class LatentWriter:
         if dtype not in ("float16", "float32"):
             raise ValueError(f"dtype '{dtype}' is not known; choose float16 or float32")
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / INFO).unlink(missing_ok=True)
         self.count = count
+        self.dtype = dtype
+        self.shape = (versions, *shape)
+        self.context_shape = context_shape
         self.written = 0
-        self.moments = _create(self.folder / MOMENTS, (count, versions, *shape), dtype)
-        self.context = None if context_shape is None else _create(self.folder / CONTEXT, (count, *context_shape), dtype)
-        self.captions = (self.folder / CAPTIONS).open("w", encoding="utf-8")
 
     def add(
         self,
@@ -75,6 +73,13 @@ class LatentWriter:
         self.written = end
 
     def __enter__(self) -> LatentWriter:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / INFO).unlink(missing_ok=True)
+        self.moments = _create(self.folder / MOMENTS, (self.count, *self.shape), self.dtype)
+        self.context = None
+        if self.context_shape is not None:
+            self.context = _create(self.folder / CONTEXT, (self.count, *self.context_shape), self.dtype)
+        self.captions = (self.folder / CAPTIONS).open("w", encoding="utf-8")
         return self
 
     def __exit__(
