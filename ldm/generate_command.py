@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import add_debug_flag, add_model_flags
+from ldm.generate_checks import check_eta, check_seed, check_settings, check_size, check_texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,24 +123,40 @@ def parse_text_args(
     """
     args = parser.parse_args(argv)
     if args.from_image:
-        from ldm.generate_files import read_settings
-
-        settings = read_settings(args.from_image)
-        needed = (*PICTURE_FLAGS, *own)
-        lacking = {"prompt", "seed", *needed} - set(settings)
-        if lacking:
-            raise ValueError(f"{args.from_image} was not made by {parser.prog}: its settings lack {min(lacking)}")
-        parser.set_defaults(n_samples=1, n_iter=1, prompt=settings["prompt"], seed=settings["seed"])
-        parser.set_defaults(**{flag: settings[flag] for flag in (*needed, *NEWER_FLAGS) if flag in settings})
+        made_with = _defaults_of_picture(args.from_image, parser, own)
         args = parser.parse_args(argv)
-        args.expected_words = settings.get("embedding_sha256", [])
+        args.made_with = made_with
     args.recorded = (*PICTURE_FLAGS, *NEWER_FLAGS, *own)
+    _check_flags(args)
+    return args
+
+
+def _defaults_of_picture(path: str, parser: argparse.ArgumentParser, own: Sequence[str]) -> dict[str, Any]:
+    """Make a picture's settings the defaults of all flags; returns them."""
+    from ldm.generate_files import read_settings
+
+    settings = read_settings(path)
+    needed = ("prompt", "seed", *PICTURE_FLAGS, *own)
+    lacking = set(needed) - set(settings)
+    if lacking:
+        raise ValueError(f"{path} was not made by {parser.prog}: its settings lack {min(lacking)}")
+    flags = [flag for flag in (*needed, *NEWER_FLAGS) if flag in settings]
+    check_settings(path, settings, parser, flags)
+    parser.set_defaults(n_samples=1, n_iter=1, **{flag: settings[flag] for flag in flags})
+    return settings
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that no model could draw with."""
     for flag in ("n_samples", "n_iter", "batch_size"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
     if (getattr(args, "n_rows", None) or 0) < 0:
         raise ValueError(f"--n_rows must be at least 0, got {args.n_rows}")
-    return args
+    check_seed(args.seed, args.n_samples * args.n_iter)
+    check_eta("--ddim_eta", args.ddim_eta)
+    check_size("--W and --H", args.W, args.H)
+    check_texts(args, "prompt", "negative_prompt", "rename")
 
 
 def read_prompts(args: argparse.Namespace) -> list[str] | None:
@@ -170,7 +187,7 @@ def load_words_of(model: Any, args: argparse.Namespace) -> list[str]:
         raise ValueError(f"the strength of a word must be a number, got {args.strength}")
     words = load_words(model, args.embedding_path, parse_renames(args.rename), args.strength)
     args.embedding_sha256 = [fingerprint(path) for path in args.embedding_path]
-    expected = getattr(args, "expected_words", [])
+    expected = getattr(args, "made_with", {}).get("embedding_sha256")
     if expected and expected != args.embedding_sha256:
         log.warning("the embedding files are not those that %s was made with", args.from_image)
     return words

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.image import open_image, to_array, to_rgb
+from ldm.data.image import open_image, open_mask, to_array, to_rgb
 from ldm.generate import SAMPLERS, SamplingOptions, decode, first_stage_factor, precision_context
+from ldm.generate_checks import check_size
 from ldm.generate_prompts import batches, chunk_counts, encode_prompts
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.noise import SeededNoise
@@ -31,6 +32,16 @@ class Edit:
     def __post_init__(self) -> None:
         if not 0.0 <= self.strength <= 1.0:
             raise ValueError(f"strength must lie between 0 and 1, got {self.strength}")
+
+    def check(self, options: SamplingOptions) -> None:
+        """Raise ValueError where nothing would be drawn, or the sampler cannot lead back to a picture's noise."""
+        if self.strength > 0 and int(self.strength * options.steps) == 0:
+            share = f"strength {self.strength} of {options.steps} step{'s' * (options.steps > 1)}"
+            raise ValueError(
+                f"{share} is less than one, so nothing would be drawn: take more steps or a higher strength"
+            )
+        if self.source_prompt is not None and (options.sampler != "ddim" or options.eta != 0):
+            raise ValueError("only the sampler ddim with eta 0 leads back to the noise of a picture")
 
     def steps(self, sampler: Sampler, asked: int) -> int:
         """How many levels of the sampler's chain are drawn again."""
@@ -53,6 +64,7 @@ def fitting_size(model: Any, width: int, height: int, options: SamplingOptions) 
         if asked is not None and (asked < unit or asked % unit):
             raise ValueError(f"{name} {asked} is no multiple of {unit} pixels")
         found.append(asked or max(unit, round(there * scale / unit) * unit))
+    check_size(f"a picture of {width} x {height} pixels at the model's size (--W and --H change it)", *found)
     return found[0], found[1]
 
 
@@ -68,14 +80,19 @@ def read_pictures(
     picture = torch.from_numpy(to_array(image.resize(size, Image.Resampling.LANCZOS))).permute(2, 0, 1)
     if mask is None:
         return picture, None
-    plane = open_image(mask).convert("L")
+    plane = open_mask(mask)
     if abs(plane.width * image.height - plane.height * image.width) > 0.02 * plane.width * image.height:
         sizes = f"{plane.width} x {plane.height} pixels, its picture {image.width} x {image.height}"
         raise ValueError(f"{mask} has {sizes}; give both the same shape")
-    white = np.asarray(plane.resize(size, Image.Resampling.BILINEAR)) > 127
+    return picture, torch.from_numpy(white_part(plane.resize(size, Image.Resampling.BILINEAR), mask)).float()[None]
+
+
+def white_part(plane: Image.Image, name: str | Path) -> np.ndarray:
+    """Where a mask (mode L) is white, (H, W) bool; raises ValueError, with its `name`, when it is so nowhere."""
+    white = np.asarray(plane) > 127
     if not white.any():
-        raise ValueError(f"{mask} is black everywhere: paint white what is to be drawn anew")
-    return picture, torch.from_numpy(white).float()[None]
+        raise ValueError(f"{name} is black everywhere: paint white what is to be drawn anew")
+    return white
 
 
 @torch.no_grad()
@@ -109,9 +126,8 @@ def iter_edits(
     options, edit = options or SamplingOptions(), edit or Edit()
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed for each picture")
+    edit.check(options)
     sampler = SAMPLERS[options.sampler](model)
-    if edit.source_prompt is not None and not (isinstance(sampler, DDIMSampler) and options.eta == 0):
-        raise ValueError("only the sampler ddim with eta 0 leads back to the noise of a picture")
     with model.ema_scope("Sampling"), precision_context(precision, model.device):
         z = encode_picture(model, picture)  # (1, C, h, w)
         keep = None if mask is None else 1 - F.adaptive_max_pool2d(mask[None].to(z), z.shape[-2:])  # (1, 1, h, w)

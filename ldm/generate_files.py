@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from PIL import Image, PngImagePlugin
 
 from ldm.checkpoint import atomic_path
 from ldm.data.image import open_image
+from ldm.generate_checks import is_unicode
 
 SETTINGS_KEY = "ldm-settings"  # PNG text chunk that holds the settings as JSON
 LONGEST_SLUG = 80
@@ -61,7 +63,9 @@ def save_png(image: np.ndarray, path: str | Path, settings: Mapping[str, Any] | 
     """Write a picture (H, W, 3) uint8 with its `settings` in the metadata; never leaves half a file."""
     info = PngImagePlugin.PngInfo()
     if settings is not None:
-        info.add_itxt(SETTINGS_KEY, json.dumps(dict(settings), ensure_ascii=False))
+        text = json.dumps(dict(settings), ensure_ascii=False)
+        # paths may hold bytes that are no UTF-8
+        info.add_itxt(SETTINGS_KEY, text if is_unicode(text) else json.dumps(dict(settings)))
     with atomic_path(path) as temporary:
         Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
     return Path(path)
@@ -75,11 +79,16 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     text = getattr(open_image(path), "info", {}).get(SETTINGS_KEY)
     try:
         settings = json.loads(text) if text else None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, numbers of thousands of digits, brackets in brackets without end
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings: only PNG files that were written here, unedited, have them")
     return settings
+
+
+def file_hash(path: str | Path) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def save_images(images: np.ndarray, folder: str | Path, settings: Sequence[Mapping[str, Any]]) -> list[Path]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ PROGRAMS = {"comfyui": "kohya", "invokeai": "diffusers", "automatic1111": "a1111
 FORMAT_OF_SUFFIX = {".png": "a1111-png", ".bin": "diffusers", ".safetensors": "kohya"}
 WRITABLE = ("original", "a1111", "a1111-png", "kohya", "onetrainer", "diffusers", *PROGRAMS)
 SEPARATOR = "::"
+NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,7 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="inspect|convert|merge|interpolate|arithmetic"
     )
     for name, add in COMMANDS.items():
-        add[0](commands.add_parser(name, help=add[2], description=add[2]))
+        command = commands.add_parser(name, help=add[2], description=add[2])
+        command._negative_number_matcher = NEGATIVE  # argparse's own takes -1e-1 for a flag
+        add[0](command)
     return parser
 
 
@@ -66,10 +70,10 @@ def inspect(args: argparse.Namespace) -> None:
     """Print what each file holds."""
     found = [summary(path) for path in args.files]
     if args.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(shown(json.dumps(found, indent=2, ensure_ascii=False), keep="\n"))
         return
     for file in found:
-        print(f"{file['file']}: {file['about']}, for {file['model']}")
+        print(f"{shown(file['file'])}: {file['about']}, for {file['model']}")
         for word in file["words"]:
             count = len(word["lengths"])
             lengths = ", ".join(f"{length:.3g}" for length in word["lengths"][:8])
@@ -79,7 +83,12 @@ def inspect(args: argparse.Namespace) -> None:
             plural = "s" * (count > 1)
             print("  " + "; ".join([f"{word['word']!r}: {count} vector{plural} of length{plural} {lengths}", *more]))
         for key, value in file["info"].items():
-            print(f"  {key} = {value}")
+            print(f"  {shown(key)} = {shown(str(value))}")
+
+
+def shown(text: str, keep: str = "") -> str:
+    """`text` with all that a terminal would act upon written as in JSON, such as \\u001b; `keep` stays as it is."""
+    return "".join(c if c.isprintable() or c in keep else json.dumps(c)[1:-1] for c in text)
 
 
 def summary(path: str | Path) -> dict[str, Any]:
@@ -110,7 +119,8 @@ def summary(path: str | Path) -> dict[str, Any]:
 def add_convert(parser: argparse.ArgumentParser) -> None:
     """Flags of `convert`."""
     parser.add_argument("source", metavar="FILE", help="a file of learned words, or a concepts-library folder")
-    parser.add_argument("target", metavar="TARGET", help="file to write; a folder (or NAME/) gets a file for each word")
+    parser.add_argument("target", metavar="TARGET",
+        help="file to write; a folder (or NAME/) gets a file for each word, and keeps those that it has")  # fmt: skip
     parser.add_argument("--word", metavar="WORD", help="only this word of the file")
     parser.add_argument("--rename", nargs="+", default=[], metavar="OLD=NEW", help="other names for words")
     _add_format(parser)
@@ -132,13 +142,35 @@ def convert(args: argparse.Namespace) -> None:
         save(words, target, args.format)
         return
     format = chosen_format(Path(args.target), args.format)
-    stems: list[str] = []
+    written: list[Path] = []
     for word in words.vectors:
-        stem, number = slug(word), 1
-        while (stem if number == 1 else f"{stem}-{number}") in stems:
-            number += 1
-        stems.append(stem if number == 1 else f"{stem}-{number}")
-        save(only(words, [word]), target / f"{stems[-1]}{FORMATS[format].suffixes[0]}", format)
+        # a name such as "*" makes no file name
+        stem = slug(word if any(map(str.isalnum, word)) else Path(args.source).absolute().stem)
+        part = only(words, [word])
+        written.append(free_file(target / f"{stem}{FORMATS[format].suffixes[0]}", part, format, written))
+        save(part, written[-1], format)
+
+
+def free_file(path: Path, word: EmbeddingFile, format: str, taken: Container[Path]) -> Path:
+    """`path`, or with -2, -3, ... before its suffix, that is not `taken` and is free or holds the same word already."""
+    candidate, number = path, 1
+    while candidate in taken or (candidate.exists() and not holds(candidate, word, format)):
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate
+
+
+def holds(path: Path, word: EmbeddingFile, format: str) -> bool:
+    """Whether a file has the format, and in it just the one word with the same vectors."""
+    from ldm.modules.embedding_io import identify
+    from ldm.modules.embedding_io_maths import pick
+
+    try:
+        found, there = identify(path)
+    except (ValueError, OSError):
+        return False
+    (name,) = word.vectors
+    return found == format and list(there.vectors) == [name] and pick(there)[1].equal(pick(word)[1])
 
 
 def only(words: EmbeddingFile, names: Sequence[str]) -> EmbeddingFile:
@@ -163,6 +195,8 @@ def merge(args: argparse.Namespace) -> None:
     """Put the words of several files into one."""
     from merge_embeddings import main as merge_main
 
+    if not args.output.endswith(".pt"):
+        raise ValueError(f"{args.output}: merge writes several words to a .pt file; give it that ending")
     rename = ["--rename", *args.rename] if args.rename else []
     merge_main(["--manager_ckpts", *args.files, "--output_path", args.output, *rename])
 
@@ -203,7 +237,7 @@ def add_arithmetic(parser: argparse.ArgumentParser) -> None:
 def arithmetic(args: argparse.Namespace) -> None:
     """Write a weighted sum of words."""
     from ldm.modules.embedding_io import EmbeddingFile
-    from ldm.modules.embedding_io_maths import combine, with_length
+    from ldm.modules.embedding_io_maths import cancel_out, combine, with_length
 
     terms: list[tuple[float, Tensor]] = []
     name = args.name
@@ -217,6 +251,8 @@ def arithmetic(args: argparse.Namespace) -> None:
         terms.append((factor, vectors))
     result = combine(terms)
     if args.keep_length:
+        if cancel_out(terms, result):
+            raise ValueError("the terms cancel out, and --keep_length cannot lengthen 0: change the weights")
         result = with_length(result, terms[0][1])
     save(EmbeddingFile({name: result}), Path(args.output), args.format)
 

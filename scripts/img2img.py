@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
+    from ldm.generate_checks import check_texts
     from ldm.generate_command import parse_text_args
 
     args = parse_text_args(argv, build_parser(), OWN_FLAGS)
@@ -72,17 +73,34 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.img_strength is None:
         args.img_strength = 0.75 if args.mask is None and args.invert is None else 1.0
     args.strength = args.word_strength
+    check_texts(args, "invert")
     return args
+
+
+def record_pictures(args: argparse.Namespace) -> None:
+    """See that the metadata tells what is in the picture and the mask; warn where --from-image had other ones."""
+    from ldm.generate_files import file_hash
+
+    made_with = getattr(args, "made_with", {})
+    for flag in ("init_img", "mask"):
+        path, name = getattr(args, flag), f"{flag}_sha256"
+        found = None if path is None else file_hash(path)
+        setattr(args, name, found)
+        args.recorded += (name,)
+        if path is not None and path == made_with.get(flag) and made_with.get(name) not in (None, found):
+            log.warning("%s has changed since %s was made from it", path, args.from_image)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`."""
     args = parse_args(argv)
     from ldm.cli import print_files
-    from ldm.generate_command import draw, prepare
+    from ldm.generate_command import draw, prepare, sampling_options
     from ldm.generate_edit import Edit, iter_edits, read_pictures
 
     edit = Edit(args.img_strength, args.invert)  # a mistake shows before a model is loaded
+    edit.check(sampling_options(args))
+    record_pictures(args)
     model, prompts, options = prepare(args)
     picture, mask = read_pictures(args.init_img, args.mask, model, options)
     if args.invert is not None and args.n_samples * args.n_iter > 1:

@@ -58,6 +58,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    from ldm.generate_checks import check_eta, check_seed, check_texts
+
+    args = build_parser().parse_args(argv)
+    check_seed(args.seed)
+    check_eta("--eta", args.eta)
+    check_texts(args, "prompt", "negative_prompt", "rename")
+    return args
+
+
 def find_pairs(folder: str | Path) -> list[tuple[Path, Path]]:
     """All (picture, mask) in `folder`; raises when there is none, or a mask has no picture."""
     from ldm.data.image import IMAGE_SUFFIXES
@@ -84,14 +95,17 @@ def load_pair(picture: Path, mask: Path) -> tuple[np.ndarray, np.ndarray]:
     """Picture (H, W, 3) float32 in [-1, 1] and mask (H, W, 1) of 0 (keep) and 1 (fill)."""
     import numpy as np
 
-    from ldm.data.image import ImageLoader, open_image
+    from ldm.data.image import ImageLoader, open_mask
+    from ldm.generate_checks import check_size
+    from ldm.generate_edit import white_part
 
     image = ImageLoader().load(picture)
-    plane = open_image(mask).convert("L")
+    check_size(str(picture), image.shape[1], image.shape[0])
+    plane = open_mask(mask)
     if plane.size != (image.shape[1], image.shape[0]):
         sizes = f"{plane.width} x {plane.height} pixels, its picture {image.shape[1]} x {image.shape[0]}"
         raise ValueError(f"{mask} has {sizes}; make them the same")
-    return image, (np.asarray(plane)[..., None] >= 127.5).astype(np.float32)
+    return image, white_part(plane, mask)[..., None].astype(np.float32)
 
 
 def takes_text(model: Any) -> bool:
@@ -156,13 +170,13 @@ def fill(model: Any, image: np.ndarray, mask: np.ndarray, args: argparse.Namespa
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`."""
-    args = build_parser().parse_args(argv)
+    args = parse_args(argv)
     pairs = find_pairs(args.indir)
     if Path(args.outdir).resolve() == Path(args.indir).resolve():
         raise ValueError(f"--outdir {args.outdir} is --indir: the filled pictures would replace yours")
     from ldm.data.image import to_uint8
     from ldm.generate import load_model, save_png
-    from ldm.generate_files import free_path, require_folder
+    from ldm.generate_files import file_hash, free_path, require_folder
 
     require_folder(args.outdir)
     model = load_model(args.ckpt_path, args.config, device=args.device, precision=args.precision)
@@ -177,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for picture, mask in pairs:
         filled = fill(model, *load_pair(picture, mask), args)
         settings = {flag: getattr(args, flag) for flag in recorded} | {"picture": picture.name, "mask": mask.name}
+        settings |= {"picture_sha256": file_hash(picture), "mask_sha256": file_hash(mask)}
         path = free_path(Path(args.outdir) / f"{picture.stem}.png", settings)
         print(save_png(to_uint8(filled), path, settings))
 

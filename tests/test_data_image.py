@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.data.image import ImageLoader, open_image, parse_colour, to_array, to_rgb, to_uint8
+from ldm.data.image import ImageLoader, open_image, open_mask, parse_colour, to_array, to_rgb, to_uint8
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -63,6 +63,31 @@ def test_alpha_without_an_opaque_pixel_marks_nothing() -> None:
     for opacity in (0, 128):
         data = saved(Image.new("RGBA", (2, 2), (200, 0, 0, opacity)))
         assert ImageLoader().load(data)[0, 0, 0] == level(200)
+
+
+def test_masks_of_16_bits_are_scaled_and_transparency_is_black() -> None:
+    deep = np.full((2, 3), 1300, np.uint16)
+    deep[0] = 65535
+    assert np.asarray(open_mask(saved(Image.fromarray(deep)))).tolist() == [[255] * 3, [5] * 3]
+    colours = np.full((1, 4, 4), 255, np.uint8)  # white, but for
+    colours[0, :, 3] = 255, 0, 51, 255  # ... where it is transparent
+    colours[0, 3, :3] = 0
+    for mode in ("RGBA", "LA"):
+        mask = open_mask(saved(Image.fromarray(colours).convert(mode)))
+        assert (mask.mode, np.asarray(mask).tolist()) == ("L", [[255, 0, 51, 0]])
+    palette = Image.new("P", (2, 1), 0)
+    palette.putpalette([255, 255, 255, 254, 254, 254])
+    palette.putpixel((1, 0), 1)
+    assert np.asarray(open_mask(saved(palette, transparency=0))).tolist() == [[0, 254]]
+    with pytest.raises(ValueError, match="the mask is not an image"):
+        open_mask(b"x", name="the mask")
+
+
+@pytest.mark.parametrize(("mode", "white"), [("1", 1), ("L", 255), ("RGB", (255, 255, 255))])
+def test_plain_masks_stay_as_they_are(mode: str, white: int | tuple[int, ...]) -> None:
+    mask = Image.new(mode, (2, 1))
+    mask.putpixel((1, 0), white)
+    assert np.asarray(open_mask(saved(mask))).tolist() == [[0, 255]]
 
 
 def test_palette_with_a_transparent_colour() -> None:

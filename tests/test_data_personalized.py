@@ -176,6 +176,22 @@ def test_side_car_captions_need_the_placeholder(folder: Path) -> None:
     assert PersonalizedBase(folder, captions=str(table))[2]["caption"] == "* c"
 
 
+@pytest.mark.parametrize("kind", ["16 bits", "transparent"])
+def test_masks_of_every_kind_mark_the_same_part(kind: str, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", (8, 8))
+    if kind == "16 bits":
+        levels = np.full((8, 8), 1300, np.uint16)  # 2 % grey
+        levels[:2] = 65535
+        Image.fromarray(levels).save(tmp_path / "a_mask.png")
+    else:
+        mask = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+        mask.paste((255, 255, 255, 255), (0, 0, 8, 2))
+        mask.save(tmp_path / "a_mask.png")
+    found = PersonalizedBase(tmp_path, size=8, masks="file", interpolation="nearest", flip_p=0.0)[0]["loss_mask"]
+    assert found[:2].min() == 1
+    assert found[2:].max() < 0.03
+
+
 def test_masks_from_alpha_and_file_follow_the_picture(tmp_path: Path) -> None:
     cut_out = Image.new("RGBA", (8, 8), (10, 20, 30, 0))
     cut_out.paste((250, 0, 0, 255), (0, 0, 4, 8))  # the left half is the subject

@@ -138,6 +138,10 @@ def test_sizes_follow_the_picture_or_the_flags(model, tmp_path: Path):
     assert size(width=40, height=16) == (3, 16, 40)
     with pytest.raises(ValueError, match="width 42 is no multiple of 8"):
         size(width=42)
+    with pytest.raises(
+        ValueError, match="4 x 20000000 pixels at the model's size .* 32 x 160000000 pixels are too many"
+    ):
+        fitting_size(model, 4, 20_000_000, SamplingOptions())
 
 
 @pytest.mark.parametrize(("fold", "latent"), [(1, (4, 16, 32)), (2, (16, 8, 16))])
@@ -167,8 +171,11 @@ def test_masks_must_fit_and_show_something(model, square: Path, tmp_path: Path):
 def test_wrong_options_are_refused(model, picture):
     with pytest.raises(ValueError, match="between 0 and 1, got 1.5"):
         Edit(1.5)
-    with pytest.raises(ValueError, match="only the sampler ddim"):
-        edits(model, picture, options=SamplingOptions(sampler="dpm"), edit=Edit(1.0, "a cat"))
+    for other in (SamplingOptions("dpm"), SamplingOptions("plms"), SamplingOptions(eta=0.5)):
+        with pytest.raises(ValueError, match="only the sampler ddim"):
+            edits(model, picture, options=other, edit=Edit(1.0, "a cat"))
+    with pytest.raises(ValueError, match="strength 0.2 of 4 steps is less than one, so nothing would be drawn"):
+        edits(model, picture, edit=Edit(0.2))
     with pytest.raises(ValueError, match="1 seeds for 2 prompts"):
         edits(model, picture, ["a", "b"], seeds=[1])
 
@@ -296,6 +303,9 @@ def test_strength_by_default(square: Path):
     [
         (["--prompt", "x", "--mask", "nowhere.png"], "no picture at nowhere.png"),
         (["--prompt", "x", "--strength", "2"], "between 0 and 1"),
+        (["--prompt", "x", "--steps", "1", "--ckpt_path", "none.ckpt"], "strength 0.75 of 1 step is less than one"),
+        (["--prompt", "x", "--invert", "a", "--plms", "--ckpt_path", "none.ckpt"], "only the sampler ddim with eta 0"),
+        (["--prompt", "x", "--invert", "a \udcff"], r"--invert 'a \\udcff' holds bytes that are no UTF-8"),
         (["--prompt", "x", "--rename", "*=y"], "needs --embedding_path"),
         ([], "say what to draw"),
         (["--prompt", "x", "--n_samples", "0"], "--n_samples must be at least 1"),

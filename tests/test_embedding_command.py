@@ -10,10 +10,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ldm.checkpoint import save_safetensors
 from ldm.modules.embedding_io import EmbeddingFile, EmbeddingFileError, identify, read_embeddings, write_embeddings
-from ldm.modules.embedding_io_maths import combine, interpolate, pick, with_length
+from ldm.modules.embedding_io_maths import cancel_out, combine, interpolate, pick, with_length
 
 ROOT = Path(__file__).parents[1]
 SD = torch.randn(2, 768, generator=torch.Generator().manual_seed(0))
@@ -137,6 +138,81 @@ def test_convert_makes_one_file_for_each_word(files: Path):
     assert back == {"a.safetensors": ["<a>"], "a-2.safetensors": ["a!"]}
     run("convert", files / "both.pt", files / "b.png", "--word", "<b c>")
     assert torch.equal(read_embeddings(files / "b.png").vectors["<b c>"], -SD)
+
+
+def test_inspect_writes_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    metadata = {"\x1b[31mkey": "v\nsecond line = fake", "note": "\x9b2J\u202ecafé", "placeholder": "\x1b]0;word\x07"}
+    save_file({"emb_params": SD[:1]}, tmp_path / "a\x1b.safetensors", metadata=metadata)
+    run("inspect", tmp_path / "a\x1b.safetensors")
+    text = capsys.readouterr().out
+    assert all(line.isprintable() for line in text.splitlines())
+    assert "  \\u001b[31mkey = v\\nsecond line = fake\n" in text
+    assert "  note = \\u009b2J\\u202ecafé\n" in text
+    assert "a\\u001b.safetensors: kohya" in text
+    run("inspect", "--json", tmp_path / "a\x1b.safetensors")
+    text = capsys.readouterr().out
+    assert all(line.isprintable() for line in text.split("\n"))
+    (found,) = json.loads(text)
+    assert found["info"] == {k: v for k, v in metadata.items() if k != "placeholder"}
+    assert found["words"][0]["word"] == metadata["placeholder"]
+
+
+def test_words_without_letters_are_named_by_their_file_and_replace_none(files: Path, capsys):
+    write_embeddings(EmbeddingFile({"*": SD[1:]}), files / "mug.pt")
+    out = files / "words"
+    for source in ("cat.pt", "mug.pt", "cat.pt"):  # what is there already is written again
+        run("convert", files / source, f"{out}/", "--format", "diffusers")
+    assert sorted(path.name for path in out.iterdir()) == ["cat.safetensors", "mug.safetensors"]
+    assert torch.equal(read_embeddings(out / "cat.safetensors").vectors["*"], SD[:1])
+    (files / "other").mkdir()
+    write_embeddings(EmbeddingFile({"*": -SD[:1]}), files / "other" / "cat.pt")
+    capsys.readouterr()
+    run("convert", files / "other" / "cat.pt", f"{out}/", "--format", "diffusers")
+    assert "cat-2.safetensors: '*'" in capsys.readouterr().out
+    assert torch.equal(read_embeddings(out / "cat.safetensors").vectors["*"], SD[:1])
+    assert torch.equal(read_embeddings(out / "cat-2.safetensors").vectors["*"], -SD[:1])
+
+
+def test_files_in_a_folder_of_words_are_kept(files: Path):
+    """A file with further words, of another format, or of no words at all is not what convert would write."""
+    write_embeddings(EmbeddingFile({"<a>": SD}, active={"<a>": 1}), files / "one.pt")
+    before = {path: path.read_bytes() for path in files.iterdir()}
+    (files / "a.pt").write_bytes(b"mine")
+    run("convert", files / "one.pt", files)
+    run("convert", files / "one.pt", files)
+    write_embeddings(EmbeddingFile({"<both>": SD[:1]}), files / "single.pt")
+    run("convert", files / "single.pt", files)
+    run("convert", files / "single.pt", files, "--format", "a1111")
+    assert (files / "a.pt").read_bytes() == b"mine"
+    assert {path: path.read_bytes() for path in before} == before
+    new = {path.name for path in files.iterdir()} - {path.name for path in before}
+    assert new == {"a.pt", "a-2.pt", "single.pt", "both-2.pt", "both-3.pt"}
+    assert torch.equal(pick(read_embeddings(files / "a-2.pt"))[1], SD[:1])
+
+
+def test_negative_numbers_may_have_exponents(files: Path):
+    run("interpolate", files / "cat.pt", files / "dog.pt", "--at", "-1e-1", "-2.5E0", "-.5", "--mode", "linear", "-o",
+        files / "i.pt")  # fmt: skip
+    assert list(read_embeddings(files / "i.pt").vectors) == ["*--0.1", "*--2.5", "*--0.5"]
+    run("arithmetic", "--term", "-1e-1", files / "cat.pt", "--term", "-5", files / "dog.pt", "-o", files / "x.pt")
+    expected = -0.1 * SD[:1] - 5 * SD[1:]
+    assert torch.allclose(read_embeddings(files / "x.pt").vectors["*"], expected, atol=1e-5)
+
+
+def test_merge_names_the_file_that_was_typed(files: Path):
+    with pytest.raises(ValueError, match=r"m\.bin: merge writes several words to a \.pt file") as error:
+        run("merge", files / "cat.pt", files / "dog.pt", "-o", files / "m.bin")
+    assert "--output_path" not in str(error.value)
+
+
+@pytest.mark.parametrize("weights", [(1, -1, 0), (0, 0, 0), (0.1, 0.2, -0.3)])
+def test_a_sum_of_nothing_has_no_length_to_keep(files: Path, weights: tuple[float, ...]):
+    terms = [part for weight in weights for part in ("--term", weight, files / "cat.pt")]
+    with pytest.raises(ValueError, match="the terms cancel out"):
+        run("arithmetic", *terms, "--keep_length", "-o", files / "x.pt")
+    assert not (files / "x.pt").exists()
+    small = [(1e-7, SD[:1])]
+    assert not cancel_out(small, combine(small))
 
 
 def test_words_of_other_models_are_refused(files: Path):

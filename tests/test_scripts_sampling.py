@@ -221,7 +221,7 @@ def test_txt2img_plms_is_published(text_folder, tmp_path):
         (["--prompt", "x", "--H", "20"], "no multiple of 8"),
         (["--prompt", "x", "--ddim_steps", "-5"], "steps must be at least 1, got -5"),
         (["--prompt", "x", "--ddim_steps", "5000"], "give a number from 1 to 1000"),
-        (["--prompt", "x", "--ddim_eta", "-1"], "must not be negative"),
+        (["--prompt", "x", "--ddim_eta", "-1"], "must lie between 0"),
         (["--prompt", "x", "--scale", "nan"], "scale must be a finite number"),
         (["--prompt", "x", "--seed", "1" + "0" * 20], "more than 64 bits"),
         (["--from-file", "a.png"], "a.png is no text file"),

@@ -71,6 +71,16 @@ def open_image(source: Source, name: str | None = None, max_pixels: int = MAX_PI
         return _upright(image, label)
 
 
+def open_mask(source: Source, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """As `open_image` for a mask, as 8-bit grey (mode L): 16 bits are scaled, not clipped; transparency is black."""
+    image = open_image(source, name, max_pixels)
+    if image.mode.startswith("I") or image.mode == "F":
+        return _deep_grey_to_l(image)
+    if not image.has_transparency_data:
+        return image.convert("L")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA")).convert("L")
+
+
 def _upright(image: Image.Image, label: str) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)

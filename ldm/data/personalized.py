@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.data.captions import read_captions, read_text
-from ldm.data.image import IMAGE_SUFFIXES, Colour, ImageLoader, alpha_plane, open_image, to_array
+from ldm.data.image import IMAGE_SUFFIXES, Colour, ImageLoader, alpha_plane, open_image, open_mask, to_array
 from ldm.data.seeding import seeded
 from ldm.data.templates import (
     TEMPLATE_SETS,
@@ -169,7 +169,7 @@ class PersonalizedBase(Dataset):
         """Return the subject of picture `index` as a plane of its size; all white where nothing marks it."""
         path = _mask_path(self.image_paths[index])
         if self.masks in ("auto", "file") and path is not None:
-            mask = open_image(path).convert("L")
+            mask = open_mask(path)
             if mask.size != image.size:
                 raise ValueError(f"{path} has {mask.size} pixels, its picture {image.size}; make them the same")
             return self._not_empty(mask, path)

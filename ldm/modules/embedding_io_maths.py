@@ -49,6 +49,12 @@ def combine(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
     return sum(weight * part for (weight, _), part in zip(terms, vectors, strict=True))  # type: ignore[return-value]
 
 
+def cancel_out(terms: Sequence[tuple[float, Tensor]], total: Tensor) -> bool:
+    """Whether one of the vectors of `total` (n, D), the sum of the `terms`, is 0 but for rounding."""
+    largest = max(abs(weight) * float(vectors.norm(dim=-1).max()) for weight, vectors in terms)
+    return bool((total.norm(dim=-1) <= 1e-6 * largest).any())
+
+
 def with_length(vectors: Tensor, like: Tensor) -> Tensor:
     """`vectors` (n, D), each as long as the one of `like` (n or 1, D)."""
     vectors, like = _matched([vectors, like])
