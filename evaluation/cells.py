@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -17,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from ldm.checkpoint import atomic_path
 
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 KEY_LENGTH = 16
+MOST_FAILURES = 3  # units in a row: then it is not the units
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 SAY_EVERY = 10.0  # seconds between two lines about progress
 
 
@@ -85,11 +88,14 @@ class Store:
         """The unit's result; None while it is not done."""
         path = self.folder(unit) / "result.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): delete it to compute it again") from error
+        if not isinstance(found, dict) or not isinstance(found.get("metrics", {}), dict):
+            raise ValueError(f"{path} is damaged (it is no result): delete it to compute it again")
+        return found
 
     def is_done(self, unit: Unit) -> bool:
         """Whether the unit's result is there."""
@@ -108,13 +114,32 @@ class Store:
         path = self.root / unit.kind / f"{unit.key}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file, self.root)
             yield
+
+    def forget(self, unit: Unit) -> None:
+        """Have the unit done again: what it made is no longer there."""
+        (self.folder(unit) / "result.json").unlink(missing_ok=True)
 
     def finish(self, unit: Unit, result: Mapping[str, Any]) -> None:
         """Write the unit's result, which marks it as done."""
         write_json(self.folder(unit) / "result.json", dict(result))
+
+
+def _lock(file: IO[str], root: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _warn_of_no_locks(root)
+
+
+@functools.cache
+def _warn_of_no_locks(root: Path) -> None:
+    log.warning("%s: this file system knows no locks, so several processes may do the same work", root)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -152,24 +177,46 @@ def shard(
 # ------------------------------------------------------------------------------------------------------ progress
 
 
+class NeedsFailedError(Exception):
+    """Raised by work on a unit whose needs have failed."""
+
+
 class Progress:
-    """Does units one after the other, saying how many are done and how long the rest will take."""
+    """Does units one after the other, saying how many are done and how long the rest will take.
+
+    failures: the units whose work raised `ValueError`, with what it said; the others are done all the same.
+    """
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
         self.store = store
         self.clock = clock
+        self.failures: dict[str, ValueError] = {}
 
     def run(self, title: str, units: Iterable[Unit], work: Callable[[Unit, Path], Mapping[str, Any]]) -> None:
-        """Call `work(unit, folder)` for each unit that is not done, and save what it returns with its seconds."""
+        """Call `work(unit, folder)` for each unit that is not done, and save what it returns with its seconds.
+
+        Raises the `ValueError` of a unit when as many as `MOST_FAILURES` fail one after the other.
+        """
         unique = {(unit.kind, unit.key): unit for unit in units}
         waiting = [unit for unit in unique.values() if not self.store.is_done(unit)]
         done = len(unique) - len(waiting)
         if not waiting:
             log.info("%s: all %d are there", title, len(unique))
         taken: dict[str, list[float]] = {}
-        said = -math.inf
+        said, in_a_row = -math.inf, 0
         for number, unit in enumerate(waiting, 1):
-            seconds = self.do(unit, work)
+            try:
+                seconds = self.do(unit, work)
+            except NeedsFailedError:
+                continue
+            except ValueError as error:
+                self.failures[unit.key] = error
+                in_a_row += 1
+                if in_a_row == MOST_FAILURES:
+                    raise
+                log.error("%s %s failed, and what needs it is left out: %s", unit.kind, self.store.folder(unit), error)
+                continue
+            in_a_row = 0
             if seconds is None:
                 continue
             taken.setdefault(unit.kind, []).append(seconds)
@@ -180,6 +227,11 @@ class Progress:
                 said = self.clock()
                 log.info("%s: %d of %d done, the last (%s) in %.1f s%s",
                          title, done + number, len(unique), unit.kind, seconds, remaining)  # fmt: skip
+        missing = sum(not self.store.is_done(unit) for unit in waiting)
+        if waiting and missing:
+            log.warning("%s: %d of %d are not done", title, missing, len(unique))
+        elif waiting:
+            log.info("%s: all %d are there", title, len(unique))
 
     def do(self, unit: Unit, work: Callable[[Unit, Path], Mapping[str, Any]]) -> float | None:
         """Do one unit and save its result; returns the seconds, or None if another process has done it meanwhile."""

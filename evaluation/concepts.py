@@ -70,11 +70,29 @@ def read_concept(folder: str | Path, defaults: Mapping[str, Any] | None = None) 
     if "prompts" not in said and (folder / PROMPTS_FILE).is_file():
         lines = (folder / PROMPTS_FILE).read_text(encoding="utf-8-sig").splitlines()
         values["prompts"] = [line.strip().replace("{}", WORD) for line in lines if line.strip()]
-    values |= {key: tuple(values[key]) for key in ("prompts", "texts") if key in values}
+    values |= {key: texts(values[key], f"{folder / FILE}: {key}") for key in ("prompts", "texts") if key in values}
+    if "captions" in values:
+        values["captions"] = checked_captions(values["captions"], f"{folder / FILE}: captions")
+    if values.get("init_word") is not None and not str(values["init_word"]).strip():
+        raise ConfigError(f"{folder / FILE}: init_word is empty: name a plain word to start from, or leave it out")
     missing = [prompt for prompt in values.get("prompts", ()) if WORD not in prompt]
     if missing:
         raise ConfigError(f"concept '{folder.name}': the prompt '{missing[0]}' has no {WORD} for the word")
-    return Concept(folder.name, tuple(find_images(folder)), **values)
+    return Concept(folder.resolve().name, tuple(find_images(folder)), **values)
+
+
+def texts(values: Any, what: str) -> tuple[str, ...]:
+    """A list of texts; anything else, such as a single text, is a `ConfigError`."""
+    if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
+        raise ConfigError(f"{what} should be a list of texts, not {values!r}")
+    return tuple(values)
+
+
+def checked_captions(values: Any, what: str) -> dict[str, tuple[str, ...]]:
+    """Lists of captions by their kind."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{what} should be like {{short: [a round teapot]}}, not {values!r}")
+    return {str(kind): texts(captions, f"{what}: {kind}") for kind, captions in values.items()}
 
 
 def read_concepts(

@@ -3,30 +3,35 @@
 Data: `images/{live_subject/animal,live_subject/human,object,style}/NN.jpg` and `captions/.../NN.txt`, whose first line
 names the subject and whose others are the nine prompts. Samples: `{src_image,tgt_image,text}/<collection>/<i>_<j>.*`.
 Ratings: integers from 0 to 4, one JSON file for each picture or one file for all.
+Hidden files, which some systems leave beside others, are passed over everywhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import io
 import logging
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from evaluation.cells import Store
+from evaluation.clean_pictures import clean_picture
 from evaluation.concepts import WORD, Concept
+from evaluation.export import export
 from evaluation.metrics import micro_average
 from evaluation.plan import Cell, Request
 from evaluation.results import TableResult, summarise
+from evaluation.text_files import read_object, read_text
+from ldm.data.image import IMAGE_SUFFIXES
+from ldm.generate_files import LONGEST_SLUG, slug
 
 log = logging.getLogger(__name__)
 
 CATEGORIES = ("animal", "human", "object", "style")
 PROMPT_KINDS = {"photorealistic": range(0, 4), "style": range(4, 7), "imaginative": range(7, 9)}
+PROMPTS = 9
 KINDS = ("cp", "pf")  # concept preservation, prompt following
 HIGHEST = 4
 Ratings = dict[tuple[str, int], list[int]]  # by collection and prompt number, one score per repeat
@@ -41,7 +46,7 @@ def read_dreambench_plus(folder: str | Path, names: Sequence[str] | None = None)
     Raises `FileNotFoundError` for a picture without a caption file.
     """
     folder = Path(folder)
-    pictures = sorted(path for path in (folder / "images").rglob("*") if path.suffix.lower() in (".jpg", ".png"))
+    pictures = sorted(visible_pictures((folder / "images").rglob("*")))
     if not pictures:
         raise FileNotFoundError(f"{folder}/images holds no picture; --concepts names the benchmark's data folder")
     concepts = [_read_collection(folder, picture) for picture in pictures]
@@ -54,12 +59,22 @@ def read_dreambench_plus(folder: str | Path, names: Sequence[str] | None = None)
     return concepts
 
 
+def visible_pictures(paths: Iterable[Path]) -> Iterator[Path]:
+    """Those of the files that are pictures by name and not hidden."""
+    return (path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
+
+
 def _read_collection(folder: Path, picture: Path) -> Concept:
     relative = picture.relative_to(folder / "images")
     captions = (folder / "captions" / relative).with_suffix(".txt")
     if not captions.is_file():
         raise FileNotFoundError(f"{picture} has no captions at {captions}")
-    subject, *texts = [line.strip() for line in captions.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(captions).splitlines() if line.strip()]
+    if not 2 <= len(lines) <= 1 + PROMPTS:
+        raise ValueError(
+            f"{captions} has {len(lines)} lines: it should have the subject and then up to {PROMPTS} prompts"
+        )
+    subject, *texts = lines
     category = relative.parent.name
     if category not in CATEGORIES:
         raise ValueError(f"{picture} lies in '{category}', which is none of {', '.join(CATEGORIES)}")
@@ -70,7 +85,7 @@ def _read_collection(folder: Path, picture: Path) -> Concept:
         log.warning("%s: '%s' does not name the subject '%s', so it is drawn without the word",
                     captions, without[0], subject)  # fmt: skip
     return Concept(
-        label=f"{group}_{picture.stem}_{subject.lower().replace(' ', '_')}",
+        label=f"{group}_{picture.stem}_{label_of(subject)}",
         pictures=(picture,),
         init_word=subject.split()[0].lower(),
         kind="style" if category == "style" else "object",
@@ -79,6 +94,12 @@ def _read_collection(folder: Path, picture: Path) -> Concept:
         texts=tuple(texts),
         category=category,
     )
+
+
+def label_of(subject: str) -> str:
+    """A subject as a part of a file name: as the benchmark writes it, unless that is unsafe or long."""
+    plain = subject.lower().replace(" ", "_")
+    return plain if re.fullmatch(rf"[\w().,'&+-]{{1,{LONGEST_SLUG}}}", plain) else slug(subject).replace("-", "_")
 
 
 def with_word(text: str, subject: str) -> str:
@@ -106,37 +127,34 @@ def prompt_kind(number: int) -> str:
 
 
 def export_samples(cells: Sequence[Cell], store: Store, folder: Path) -> Path:
-    """Copy drawn pictures, reference pictures and prompts to `folder` as the benchmark lays them out.
+    """Copy one row's drawn pictures, reference pictures and prompts to `folder` as the benchmark lays them out.
 
-    The first prompt of a drawing is for reconstruction and no part of the benchmark.
+    The first prompt of a drawing is for reconstruction and no part of the benchmark; of several seeds the first one's
+    pictures are taken, for the layout has no place for more. See `export` for what was there before.
     """
+    seed = cells[0].seed
+    if any(cell.seed != seed for cell in cells):
+        log.info("%s: the benchmark's layout has one picture for each, so it gets those of seed %d alone", folder, seed)
+    files: dict[str, Path | str] = {"negative_prompt.txt": ""}
     for cell in cells:
-        assert cell.drawing is not None
+        if cell.drawing is None or cell.seed != seed:
+            continue
         drawn = store.folder(cell.drawing.unit)
         for prompt, text in enumerate(cell.concept.texts):
             for k in range(cell.drawing.count):
-                name = f"{prompt}_{k}"
-                save_jpeg(cell.drawing.file(drawn, prompt + 1, k), target(folder, "tgt_image", cell, f"{name}.jpg"))
-                save_jpeg(cell.concept.pictures[0], target(folder, "src_image", cell, f"{name}.jpg"))
-                target(folder, "text", cell, f"{name}.txt").write_text(text, encoding="utf-8")
-    (folder / "negative_prompt.txt").write_text("", encoding="utf-8")
-    return folder
+                name = f"{cell.concept.label}/{prompt}_{k}"
+                files[f"tgt_image/{name}.jpg"] = cell.drawing.file(drawn, prompt + 1, k)
+                files[f"src_image/{name}.jpg"] = cell.concept.pictures[0]
+                files[f"text/{name}.txt"] = text
+    encoded = functools.lru_cache(maxsize=2)(to_jpeg)  # each reference is written once for every prompt
+    return export(folder, files, lambda source, target: target.write_bytes(encoded(source)))
 
 
-def target(folder: Path, part: str, cell: Cell, name: str) -> Path:
-    """Path of a file of the samples; its folder is made."""
-    path = folder / part / cell.concept.label / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def save_jpeg(source: Path, path: Path) -> None:
-    """Copy a picture as JPEG."""
-    if source.suffix.lower() in (".jpg", ".jpeg"):
-        shutil.copyfile(source, path)
-        return
-    with Image.open(source) as image:
-        image.convert("RGB").save(path, quality=95)
+def to_jpeg(path: Path) -> bytes:
+    """A picture, as training sees it, in JPEG."""
+    out = io.BytesIO()
+    clean_picture(path).save(out, format="JPEG", quality=95)
+    return out.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,90 +171,133 @@ class Sample:
 def read_samples(folder: str | Path) -> Iterator[Sample]:
     """The samples in a folder that has the benchmark's layout."""
     folder = Path(folder)
-    pictures = sorted((folder / "tgt_image").glob("*/*_0.*"))
+    pictures = sorted(visible_pictures((folder / "tgt_image").glob("*/*_0.*")))
     if not pictures:
         raise FileNotFoundError(f"{folder}/tgt_image holds no samples of the form <collection>/<prompt>_0.jpg")
     for picture in pictures:
-        collection, number = picture.parent.name, int(picture.stem.partition("_")[0])
+        collection, number = _key(picture.parent.name, picture.stem.removesuffix("_0"), picture)
         reference = folder / "src_image" / collection / picture.name
         text = folder / "text" / collection / f"{picture.stem}.txt"
         for path in (reference, text):
             if not path.is_file():
                 raise FileNotFoundError(f"{picture} has no {path}")
-        yield Sample(collection, number, picture, reference, text.read_text(encoding="utf-8").strip())
+        yield Sample(collection, number, picture, reference, read_text(text).strip())
 
 
 # ------------------------------------------------------------------------------------------------------- ratings
 
 
+@dataclasses.dataclass(frozen=True)
+class Rating:
+    """A score, and whose picture it is of; `method` is None where the file does not say."""
+
+    key: tuple[str, int]
+    score: int
+    method: str | None = None
+
+
 def read_ratings(path: str | Path, method: str | None = None) -> dict[str, Ratings]:
-    """Ratings {"cp": ..., "pf": ...} of a folder or file.
+    """Ratings {"cp": ..., "pf": ...} of one method in a folder or file, see `load_ratings` and `ratings_of`."""
+    return ratings_of(method, load_ratings(path), path)
+
+
+def load_ratings(path: str | Path) -> dict[str, list[Rating]]:
+    """All ratings, by kind, in a folder or file.
 
     A folder has `cp/` and `pf/` with one JSON per item ({method, collection_id, prompt_index, score}) in any
-    folders (repeats), or `cp.json` and `pf.json` ({"<collection>-<prompt>": score}). A file holds
-    {"<collection>-<prompt>": [cp, pf]}, as people's ratings are published. `method` picks one of several whose items
-    lie in one folder; raises `ValueError` if there are several and none is picked.
+    folders (repeats), or `cp.json` and `pf.json` ({"<collection>-<prompt>": score}); where there are both, the items
+    count and the merged file does not. A file holds {"<collection>-<prompt>": [cp, pf]}, as people's ratings are
+    published. Only single items name their method.
     """
     path = Path(path)
     if path.is_file():
         return _read_pairs(path)
-    found: dict[str, Ratings] = {}
-    methods = set()
+    found = {}
     for kind in KINDS:
-        ratings: Ratings = {}
-        merged = [path / f"{kind}.json"] if (path / f"{kind}.json").is_file() else []
-        for file in [*merged, *sorted((path / kind).rglob("*.json"))]:
-            values = _load(file)
-            if "score" in values:
-                methods.add(str(values.get("method")))
-                if method not in (None, values.get("method")):
-                    continue
-                values = {f"{values['collection_id']}-{values['prompt_index']}": values["score"]}
-            for name, score in values.items():
-                ratings.setdefault(_key(name), []).append(_score(score, file))
-        found[kind] = ratings
-    if method is None and len(methods) > 1:
-        raise ValueError(
-            f"{path} holds ratings of several methods, {', '.join(sorted(methods))}: choose one (--method)"
-        )
+        items = [file for file in sorted((path / kind).rglob("*.json")) if not file.name.startswith(".")]
+        merged = path / f"{kind}.json"
+        if items and merged.is_file():
+            log.warning("%s is left out: the single ratings in %s count", merged, path / kind)
+        if not items and merged.is_file():
+            values = read_object(merged)
+            found[kind] = [Rating(_split(name, merged), _score(score, merged)) for name, score in values.items()]
+        else:
+            found[kind] = [_read_item(file) for file in items]
     if not any(found.values()):
-        if methods:
-            raise ValueError(f"{path} holds no ratings of '{method}', only of {', '.join(sorted(methods))}")
         raise FileNotFoundError(f"{path} holds no ratings: neither {' nor '.join(f'{kind}/*.json' for kind in KINDS)}")
     return found
 
 
-def _read_pairs(path: Path) -> dict[str, Ratings]:
-    found: dict[str, Ratings] = {kind: {} for kind in KINDS}
-    for name, pair in _load(path).items():
+def ratings_of(method: str | None, ratings: Mapping[str, Sequence[Rating]], path: str | Path) -> dict[str, Ratings]:
+    """The ratings of one method, or of the only one that is named, and with them those that name none.
+
+    Raises `ValueError` when several are named and none is picked, or when it is not clear whose the unnamed ones are.
+    path: what messages name.
+    """
+    every = [rating for kind in ratings.values() for rating in kind]
+    named = sorted({rating.method for rating in every if rating.method is not None})
+    unnamed = any(rating.method is None for rating in every)
+    if len(named) > 1 and (method is None or unnamed):
+        remedy = "keep the merged file, which names none, elsewhere" if unnamed else "choose one (--method)"
+        raise ValueError(f"{path} holds ratings of several methods, {', '.join(named)}: {remedy}")
+    if method is not None and named and method not in named:
+        raise ValueError(f"{path} holds no ratings of '{method}', only of {', '.join(named)}")
+    if method is not None and unnamed:
+        log.warning("%s holds ratings that name no method: they are taken for those of '%s'", path, method)
+    found: dict[str, Ratings] = {}
+    for kind, group in ratings.items():
+        found[kind] = {}
+        for rating in group:
+            if method is None or rating.method in (None, method):
+                found[kind].setdefault(rating.key, []).append(rating.score)
+    return found
+
+
+def _read_item(file: Path) -> Rating:
+    values = read_object(file)
+    for name in ("collection_id", "prompt_index", "score"):
+        if name not in values:
+            raise ValueError(f"{file} lacks '{name}'; a file of several ratings goes beside its folder, as cp.json")
+    method = values.get("method")
+    if not isinstance(method, str | None):
+        raise ValueError(f"{file}: the method {method!r} is no name")
+    return Rating(_key(values["collection_id"], values["prompt_index"], file), _score(values["score"], file), method)
+
+
+def _read_pairs(path: Path) -> dict[str, list[Rating]]:
+    found: dict[str, list[Rating]] = {kind: [] for kind in KINDS}
+    for name, pair in read_object(path).items():
         if not isinstance(pair, list) or len(pair) != len(KINDS):
             raise ValueError(
                 f"{path}: '{name}' should have a pair [cp, pf]; a file of single scores goes into a folder, as cp.json"
             )
         for kind, score in zip(KINDS, pair, strict=True):
-            found[kind][_key(name)] = [_score(score, path)]
+            found[kind].append(Rating(_split(name, path), _score(score, path)))
     return found
 
 
-def _load(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} should hold an object")
-    return values
-
-
-def _key(name: str) -> tuple[str, int]:
+def _split(name: str, file: Path) -> tuple[str, int]:
     collection, _, number = name.rpartition("-")
-    if not collection or not number.isdigit():
-        raise ValueError(f"'{name}' is not of the form <collection>-<prompt number>")
-    return collection, int(number)
+    if not collection or not number:
+        raise ValueError(f"{file}: '{name}' is not of the form <collection>-<prompt number>")
+    return _key(collection, number, file)
+
+
+def _key(collection: object, number: object, file: Path) -> tuple[str, int]:
+    """Collection and prompt number, which may be written as a text; raises `ValueError` that names the file."""
+    if not isinstance(collection, str):
+        raise ValueError(f"{file}: the collection {collection!r} is no name")
+    if str(number) not in map(str, range(PROMPTS)):
+        raise ValueError(f"{file}: the prompt number {number!r} is none from 0 to {PROMPTS - 1}")
+    try:
+        category_of(collection)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return collection, int(str(number))
 
 
 def _score(score: object, file: Path) -> int:
-    if not isinstance(score, int) or not 0 <= score <= HIGHEST:
+    if not isinstance(score, int) or isinstance(score, bool) or not 0 <= score <= HIGHEST:
         raise ValueError(f"{file}: the score {score!r} is no integer from 0 to {HIGHEST}")
     return score
 
@@ -277,14 +338,19 @@ def _rated(ratings: Mapping[str, Ratings], collection: str) -> dict[str, float]:
 def add_ratings(result: TableResult, request: Request, path: str | Path) -> TableResult:
     """The table with the ratings as columns "cp" and "pf", and the averages by category among the facts.
 
-    The ratings of a row are those of the method of its name.
+    The ratings of a row are those of the method of its name. Raises `ValueError` for ratings that name no method when
+    there are several rows, which they would all count for.
     """
     facts, records = dict(result.facts), []
     published = result.table.options.get("published_by_group", {})
     names = {"cp": "Concept preservation", "pf": "Prompt following", "cp_pf": "Product of the two"}
     rows = list(dict.fromkeys(record["row"] for record in result.cells))
+    every = load_ratings(path)
+    if len(rows) > 1 and any(rating.method is None for group in every.values() for rating in group):
+        raise ValueError(f"{path} holds ratings that name no method, and the table has the rows {', '.join(rows)}: "
+                         "give single ratings, which name theirs, or one row")  # fmt: skip
     for row in rows:
-        ratings = read_ratings(path, row)
+        ratings = ratings_of(row, every, path)
         records += [{**record, **_rated(ratings, record["concept"])} for record in result.cells if record["row"] == row]
         for kind, groups in averages(ratings).items():
             theirs = published.get(row, {}).get(kind, {})

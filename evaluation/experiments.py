@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from evaluation.claims import Claim, Measure
-from evaluation.concepts import KINDS, WORD
+from evaluation.concepts import KINDS, WORD, texts
 from evaluation.scoring import METRICS as JUDGED
 from ldm.generate_command import SAMPLERS
 from ldm.resources import TABLES, config_path, resource_root
@@ -29,13 +29,6 @@ METRICS = (
     *("image_rank", "text_rank"),  # of the user study
 )
 SOURCES = ("word", "no_word", "initial_word", "captions", "training_pictures", "published")
-
-
-def texts(values: Any, what: str) -> tuple[str, ...]:
-    """A list of texts; anything else, such as a single text, is a `ConfigError`."""
-    if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
-        raise ConfigError(f"{what} should be a list of texts, not {values!r}")
-    return tuple(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +268,7 @@ def read_table(name: str, model: str | None = None) -> Table:
     path = find_file(name)
     values = read_yaml(path)
     special = values.pop("for_model", None) or {}
-    values = merge(values, mapping(special, f"{path.name}: for_model").get(model) or {})
+    values = merge(values, mapping(special, f"{path.name}: for_model").get(model or "") or {})
     rows = mapping(values.get("rows") or {}, f"{path.name}: rows")
     values["name"] = path.stem
     values["rows"] = tuple(

@@ -65,13 +65,18 @@ def draw_points(result: TableResult) -> Any:
     if published:
         axes[1].set_title("published", color=PUBLISHED, fontweight="bold")
     for axis in axes:
-        axis.set_xlabel(result.label(x))
-        axis.set_ylabel(result.label(y))
+        axis.set_xlabel(literal(result.label(x)))
+        axis.set_ylabel(literal(result.label(y)))
         axis.grid(alpha=0.25)
         axis.margins(0.1)
         axis.locator_params(nbins=6)
     labels = [row.label for row in rows if row.label in handles]
-    figure.legend([handles[label] for label in labels], labels, loc="outside right center", frameon=False)
+    figure.legend(
+        [handles[label] for label in labels],
+        [literal(label) for label in labels],
+        loc="outside right center",
+        frameon=False,
+    )
     return figure
 
 
@@ -81,6 +86,11 @@ def look(number: int) -> dict[str, Any]:
 
     colour = colormaps["tab10"](number % 10)
     return {"color": colour, "marker": "osD^vP*X"[(number // 10 + number) % 8], "markersize": 7, "linestyle": "none"}
+
+
+def literal(text: str) -> str:
+    """Text for matplotlib, which would take what stands between dollar signs for a formula."""
+    return text.replace("$", r"\$")
 
 
 def draw_intervals(axis: Any, across: Interval, up: Interval, colour: Any) -> None:
@@ -111,9 +121,10 @@ def draw_sweep(result: TableResult) -> Any:
         if known:
             axis.plot(*zip(*known, strict=True), "s--", color=PUBLISHED, label="published")
         draw_anchors(axis, result, metric)
-        axis.set_xlabel(result.table.plot.get("label", ""))
-        axis.set_title(result.label(metric))
-        axis.set_xscale(result.table.plot.get("scale", "linear"))
+        axis.set_xlabel(literal(result.table.plot.get("label", "")))
+        axis.set_title(literal(result.label(metric)))
+        if any(place > 0 for place in places):  # nothing can be put on a logarithmic scale before that
+            axis.set_xscale(result.table.plot.get("scale", "linear"))
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=8)
     return figure
@@ -126,6 +137,6 @@ def draw_anchors(axis: Any, result: TableResult, metric: str) -> None:
         if row.at is None and found is not None:
             axis.axhline(found.mean, color=GREY, linestyle=":", linewidth=1)
             axis.annotate(
-                row.label, (1, found.mean), xycoords=("axes fraction", "data"), fontsize=7, color=GREY, ha="right",
-                va="bottom",
+                literal(row.label), (1, found.mean), xycoords=("axes fraction", "data"), fontsize=7, color=GREY,
+                ha="right", va="bottom",
             )  # fmt: skip

@@ -1,55 +1,94 @@
-"""Scores of earlier runs, read back from a table's own `cells.csv`.
+"""Scores of earlier runs, read back from a table's own folder.
 
 So a table grows over several sittings and machines although the pictures and words under the store are gone: what has
-been scored with the same settings is neither learned nor drawn again.
+been scored with the same settings is neither learned nor drawn again. `cells.csv` has the cells of the table as it is;
+those of other settings (fewer seeds, another model, the quick form) that lay there before are kept in `kept.csv`.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import logging
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from evaluation.cells import Store
 from evaluation.plan import Cell
+from evaluation.tables import KEY, cells_csv, write_text
 
 log = logging.getLogger(__name__)
 
-FILE = "cells.csv"
-KEY = "key"  # the column with the hash of all that a score depends on
+FILE, KEPT = "cells.csv", "kept.csv"
 NO_METRICS = ("row", "concept", "seed", "category", KEY)
 
 
 def take_over(cells: Sequence[Cell], store: Store, folder: Path) -> int:
-    """Put scores of `<folder>/cells.csv` into the store where they are missing; returns how many.
+    """Put scores of a table's folder into the store where they are missing; returns how many.
 
     Raises `ValueError` for a file that is not what this project writes.
     """
-    path = folder / FILE
-    known = read_scores(path) if path.is_file() else {}
+    known = {line[KEY]: line for line in read_lines(folder)}
     taken = 0
     for unit in {cell.scoring.unit.key: cell.scoring.unit for cell in cells}.values():
-        if unit.key not in known:
+        values = metrics_of(known[unit.key]) if unit.key in known else {}
+        if not values:
             continue
         with store.lock(unit):
             if not store.is_done(unit):
                 store.begin(unit)
-                store.finish(unit, {"metrics": known[unit.key], "taken_from": path.as_posix()})
+                store.finish(unit, {"metrics": values, "taken_from": folder.as_posix()})
                 taken += 1
     if taken:
-        log.info("%d scores of %s are of these settings, and are kept", taken, path)
+        log.info("%d scores of %s are of these settings, and are kept", taken, folder)
     return taken
 
 
-def read_scores(path: Path) -> dict[str, dict[str, float]]:
-    """{hash of the settings: {metric: value}}; empty for a table without hashes."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            lines = [line for line in csv.DictReader(file) if line.get(KEY)]
-        return {
-            line[KEY]: {name: float(value) for name, value in line.items() if name not in NO_METRICS and value}
-            for line in lines
-        }
-    except (ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise ValueError(f"{path} is no table of cells ({error}): delete it to compute them again") from error
+def keep_others(folder: Path, keys: Collection[str]) -> None:
+    """Before `cells.csv` is written with the cells `keys`, move its other cells to `kept.csv`."""
+    others = {line[KEY]: line for line in read_lines(folder) if line[KEY] not in keys}
+    if others:
+        write_text(folder / KEPT, cells_csv(list(others.values())))
+    else:
+        (folder / KEPT).unlink(missing_ok=True)
+
+
+def read_lines(folder: Path) -> list[dict[str, str]]:
+    """The lines of `kept.csv` and `cells.csv` that have a hash.
+
+    Raises `ValueError` for a file that was cut off, has something else than numbers, or strange columns.
+    """
+    lines: list[dict[str, str]] = []
+    for path in (folder / KEPT, folder / FILE):
+        if not path.is_file():
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+            if text and not text.endswith("\n"):
+                raise ValueError("it ends within a line")
+            every = list(csv.DictReader(io.StringIO(text, newline="")))
+            if any(None in line or None in line.values() for line in every):
+                raise ValueError("a line has more or fewer columns than the first")
+            found = [line for line in every if line.get(KEY)]
+            for line in found:
+                metrics_of(line)
+        except (ValueError, TypeError, AttributeError, csv.Error) as error:
+            raise ValueError(f"{path} is no table of cells ({error}): delete it to compute them again") from error
+        lines += found
+    return lines
+
+
+def metrics_of(line: Mapping[str, str]) -> dict[str, float]:
+    """The metrics of a line; not-a-number is one (the diversity of a single picture), infinity is a mistake."""
+    values = {}
+    for name, text in line.items():
+        if name in NO_METRICS or not text:
+            continue
+        if not re.fullmatch(r"\w+", name):
+            raise ValueError(f"the column {name!r} is no metric")
+        values[name] = float(text)
+        if math.isinf(values[name]):
+            raise ValueError(f"{name} is {text}")
+    return values

@@ -184,6 +184,7 @@ class ModelTable:
     """Does what is missing of a table of whole models.
 
     data: folder of pictures, with captions for text-to-image.
+    rows: only these; default: all.
     network: the feature network, or None: then FID, KID and IS are left out.
     """
 
@@ -196,6 +197,7 @@ class ModelTable:
         network_file: str | None,
         device: str,
         quick: bool,
+        rows: Sequence[str] | None = None,
     ) -> None:
         self.table = table
         self.model = model
@@ -203,7 +205,7 @@ class ModelTable:
         self.network_file = network_file
         self.device = device
         self.quick = quick
-        self.rows = [row for row in table.rows if row.source != "published"]
+        self.rows = [row for row in table.rows if row.source != "published" and (rows is None or row.name in rows)]
         limit = table.options.get("limit")
         if quick:
             limit = min(limit or QUICK_PICTURES, QUICK_PICTURES)

@@ -30,6 +30,7 @@ from ldm.generate_model import find_model_files
 VERSION = 1  # to be raised when a change of the code makes earlier results wrong
 SECOND_WORD = "@"
 CLASS = "{class}"  # in prompts: the concept's initial word
+TEXT_FILES = (".txt", ".json", ".jsonl", ".csv", ".tsv")
 SEED_STRIDE = 1_000_003  # between the sampling seeds of two training seeds
 
 
@@ -121,7 +122,9 @@ class Request:
     @property
     def pictures(self) -> int:
         """Pictures of each prompt."""
-        count = self.count or int(self.table.options.get("pictures", self.model.pictures))
+        if self.count is not None:
+            return self.count
+        count = int(self.table.options.get("pictures", self.model.pictures))
         return min(count, self.model.quick.pictures) if self.quick else count
 
 
@@ -133,7 +136,8 @@ class Planner:
         model = request.model
         self.weights = fingerprint(find_model_files(model.checkpoint_path).checkpoint)
         self.drawn_with = model_fingerprint(model.checkpoint_path)
-        self.config = digest(read_yaml(model.config_file))  # its values: comments change no result
+        self.config_values = read_yaml(model.config_file)
+        self.config = digest(self.config_values)  # comments change no result
         self.judges = {
             alias: [name, fingerprint(judge_file(name, request.weights.get(alias)))]
             for alias, name in model.judges.items()
@@ -204,6 +208,8 @@ class Planner:
             "options": what_is_learned(options, concept.kind),
             "seed": seed,
         }
+        if files := text_files([settings["options"], self.config_values]):
+            settings["files"] = files
         return Training(Unit("train", plain(settings)), concept, options, seed)
 
     def drawing(
@@ -241,6 +247,8 @@ class Planner:
             "image_over": table.image_over,
             "self_pairs": table.self_pairs,
         }
+        if drawing is None:
+            settings["nearest"] = "other pictures"  # scores of before counted each picture as its own nearest
         if table.antialias:
             settings["antialias"] = True
         pictures = second.pictures[: options.pictures] if second else ()
@@ -289,6 +297,15 @@ def in_place_of_word(prompt: str, caption: str) -> str:
         if prompt.lower().startswith(f"{article}{WORD}"):
             prompt = prompt[len(article) :]
     return prompt.replace(WORD, caption.rstrip("."))
+
+
+def text_files(values: Any) -> dict[str, str]:
+    """Hashes of the text files (templates, captions) that values name, by what the values say."""
+    if isinstance(values, str):
+        is_file = values.endswith(TEXT_FILES) and Path(values).is_file()
+        return {values: fingerprint(values)} if is_file else {}
+    parts = values.values() if isinstance(values, Mapping) else values if isinstance(values, list | tuple) else ()
+    return {name: found for part in parts for name, found in text_files(part).items()}
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,10 @@ are close relatives of the published ones, not the same.
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
-import json
 import logging
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,9 @@ from typing import Any
 from PIL import Image
 
 from evaluation.cells import duration, write_json
+from evaluation.clean_pictures import clean_picture
 from evaluation.dreambench_plus import HIGHEST, KINDS, Sample, category_of
+from evaluation.endpoint import Endpoint, Refused
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +28,15 @@ SIDE = 512  # pixels of the pictures that are sent
 ATTEMPTS = 3
 PAUSE = 5.0  # seconds before the second attempt; twice that before the third
 GIVE_UP_AFTER = 5  # items in a row without a rating
-# "Score: 3", "**Score (0-4):** 3", "score: good 3", but no "3.5"
-REPLY = re.compile(r"\bscore\b[\s*_]*(?:\([^)]*\))?[\s*_]*:[\s*_]*(?:[a-z]+\s+)?(\d+)(?!\.?\d)", re.IGNORECASE)
-REFUSALS = (401, 403, 404)  # key or address are wrong: asking again changes nothing
+# What follows "Score:", "**Score (0-4):**" and the like, up to the end of the line
+STATED = re.compile(r"\bscore\b[\s*_]*(?:\([^)\n]{0,40}\)[\s*_]*)?:[\s*_]*([^\n]*)", re.IGNORECASE)
+# "3", "good 3", "3/4", "3 out of 4", "3 (good)", but no number beside it ("3-4", "3,5", "3/10") and no part of one
+VALUE = re.compile(
+    r"(?:(?:excellent|good|fair|very\s+poor|poor)[\s*_]+(?:[-–—(]\s*)?)?"
+    r"(\d)(?:[\s*_]*\(?(?:/|out\s+of\b|of\b)\s*4\b\)?)?"
+    r"(?![\s*_]*(?:[%+~/½¼¾]|(?:to|or|and|point|out|of)\b))\D*",
+    re.IGNORECASE,
+)
 SCALE = """\
 Give one whole number:
 4 - excellent
@@ -74,46 +78,6 @@ End with a line of the form "Score: N" and write nothing after it.""",
 ACKNOWLEDGEMENT = "I will judge by these points alone and end with the line of the score."
 
 
-class Refused(ValueError):  # noqa: N818 - what the service did
-    """The service knows neither the key nor the address."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Endpoint:
-    """Where to ask: an OpenAI-compatible service.
-
-    url: its base, such as "https://host/v1"; the path /chat/completions is added.
-    key: sent as a bearer token if not empty; never written anywhere.
-    """
-
-    url: str
-    model: str
-    key: str = ""
-    temperature: float = 1.0
-    timeout: float = 120.0
-
-    def ask(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The reply to a conversation.
-
-        Raises `OSError` when the service does not answer as it should, and `Refused` when it never will.
-        """
-        body = {"model": self.model, "messages": list(messages), "temperature": self.temperature, "max_tokens": 512}
-        address = self.url.rstrip("/") + "/chat/completions"
-        request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        if self.key:
-            request.add_unredirected_header("Authorization", f"Bearer {self.key}")  # for this host alone
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                answer = json.load(response)
-            return str(answer["choices"][0]["message"]["content"])
-        except urllib.error.HTTPError as error:
-            said = error.read(300).decode(errors="replace")
-            kind = Refused if error.code in REFUSALS else OSError
-            raise kind(f"{self.url} answered {error.code}: {said}") from error
-        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-            raise OSError(f"{self.url} gave no chat completion ({error})") from error
-
-
 def messages_for(kind: str, sample: Sample) -> list[dict[str, Any]]:
     """The conversation that asks for a rating of kind "cp" or "pf"."""
     if kind == "cp":
@@ -130,9 +94,8 @@ def messages_for(kind: str, sample: Sample) -> list[dict[str, Any]]:
 
 
 def picture_part(path: Path) -> dict[str, Any]:
-    """A picture as a part of a message: 512 x 512 pixels, within the message."""
-    with Image.open(path) as image:
-        small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    """A picture, as training sees it, as a part of a message: 512 x 512 pixels, within the message."""
+    small = clean_picture(path).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     out = io.BytesIO()
     small.save(out, format="JPEG", quality=95)
     data = base64.b64encode(out.getvalue()).decode()
@@ -140,8 +103,17 @@ def picture_part(path: Path) -> dict[str, Any]:
 
 
 def parse_score(reply: str) -> int:
-    """The one score in a reply; raises `ValueError` when there is none, several, or one out of range."""
-    scores = {int(found) for found in REPLY.findall(reply)}
+    """The one score in a reply.
+
+    Raises `ValueError` when there is none, or several, or one out of range, or what is stated is no whole number.
+    """
+    scores = set()
+    for stated in STATED.findall(reply):
+        found = VALUE.fullmatch(stated)
+        if found:
+            scores.add(int(found[1]))
+        elif re.search(r"\d", stated):
+            scores.add(-1)  # "3.5", "between 2 and 3", "below 2"
     if len(scores) != 1 or not 0 <= min(scores) <= HIGHEST:
         raise ValueError(f"the reply holds no single score from 0 to {HIGHEST}: {reply[-120:]!r}")
     return scores.pop()

@@ -13,7 +13,7 @@ from evaluation.emoji_concepts import concept_sets, write_concepts
 from evaluation.experiments import ModelSpec, Table, read_model, read_table
 from evaluation.figures import write_figure
 from evaluation.gallery import Exhibit, export_pictures, make_gallery, save_strips
-from evaluation.kept import take_over
+from evaluation.kept import keep_others, take_over
 from evaluation.plan import Cell, Planner, Request, check_request, left_out
 from evaluation.report import write_report
 from evaluation.results import TableResult, collect
@@ -78,14 +78,28 @@ def reproduce(options: Options, train: TrainCommand) -> TableResult:
         log.info("%s on %s: %d cells%s", table.name, model.name, len(cells), share(len(mine), len(cells)))
         pictures = options.export is not None or table.options.get("layout") == "dreambench_plus"
         workshop = Workshop(model, store, train, options.device, options.weights, table.antialias)
-        workshop.run(mine, pictures=pictures)
+        workshop.run(mine, pictures_of_seed=request.seeds[0] if pictures else None)
+        take_over(cells, store, options.out_folder)  # what another machine has written meanwhile
     result = collect(request, cells, store, {"Command": options.command} if options.command else {})
     if table.options.get("layout") == "dreambench_plus":
         result = finish_dreambench_plus(result, request, cells, store, options)
+    keep_others(options.out_folder, {cell.scoring.unit.key for cell in cells})
     write_result(result, options.out_folder, make_gallery(request, cells, store, options.out_folder))
     if options.export:
+        warn_of_missing_pictures(request, cells, store)
         export_pictures(request, cells, store, Path(options.export))
+    if not options.report_only and workshop.failures:
+        raise ValueError(f"{len(workshop.failures)} of the table's cells failed, the first: {workshop.failures[0]}")
     return result
+
+
+def warn_of_missing_pictures(request: Request, cells: Sequence[Cell], store: Store) -> None:
+    """Say so when some of the pictures that are to be copied are not in the store."""
+    own = [cell for cell in cells if cell.drawing is not None and cell.seed == request.seeds[0]]
+    missing = [cell for cell in own if not store.is_done(cell.drawing.unit)]  # type: ignore[union-attr]
+    if missing:
+        log.warning("the pictures of %d of %d cells are not there: the command without --report_only draws them",
+                    len(missing), len(own))  # fmt: skip
 
 
 def work_of(cell: Cell) -> int:
@@ -97,9 +111,17 @@ def reproduce_models(table: Table, model: ModelSpec, options: Options, store: St
     """As `reproduce`, for tables of whole models."""
     from evaluation.model_tables import ModelTable
 
+    ignored = {"--names": options.names, "--seeds": options.seeds, "--n_samples": options.pictures,
+               "--export": options.export, "--concepts": options.concepts}  # fmt: skip
+    for flag, value in ignored.items():
+        if value is not None:
+            raise ValueError(f"{flag} is for tables of learned words; {table.name} takes pictures from --data")
+    chosen_rows(options, table)
     if options.data is None:
         raise ValueError(f"{table.name} needs pictures: name their folder with --data")
-    work = ModelTable(table, model, store, Path(options.data), options.inception_weights, options.device, options.quick)
+    work = ModelTable(
+        table, model, store, Path(options.data), options.inception_weights, options.device, options.quick, options.rows
+    )
     records = work.records(options.part, options.report_only)
     result = work.result(records, {"Command": options.command} if options.command else {})
     write_result(result, options.out_folder)
@@ -113,7 +135,7 @@ def finish_dreambench_plus(
     from evaluation.dreambench_plus import add_ratings, export_samples
 
     for row in request.table.rows:
-        own = [cell for cell in cells if cell.row.name == row.name]
+        own = [cell for cell in cells if cell.row.name == row.name and cell.seed == request.seeds[0]]
         if own and all(cell.drawing and store.is_done(cell.drawing.unit) for cell in own):
             folder = export_samples(own, store, options.out_folder / "samples" / row.name)
             log.info("Pictures in the benchmark's layout, to be rated: %s", folder)
@@ -136,10 +158,15 @@ def chosen_rows(options: Options, table: Table) -> Sequence[str]:
 
 def write_result(result: TableResult, folder: Path, gallery: Sequence[Exhibit] = ()) -> list[Path]:
     """Write the table in all formats, the figure and the report; returns the files."""
-    figure = write_figure(result, folder / "figure.png")
+    tables = write_tables(result, folder)
+    try:
+        figure = write_figure(result, folder / "figure.png")
+    except ValueError as error:  # of matplotlib, of a label or a scale that it cannot draw
+        log.warning("the figure is left out: %s", " ".join(str(error).split()))
+        figure = None
     report = write_report(result, folder / "report.html", figure, gallery)
     save_strips(gallery, folder)
-    return [*write_tables(result, folder), *([figure] if figure else []), report]
+    return [*tables, *([figure] if figure else []), report]
 
 
 # ------------------------------------------------------------------------------------------------------- request
@@ -159,9 +186,9 @@ def chosen_model(options: Options, table: Table) -> ModelSpec:
 def make_request(options: Options, table: Table, model: ModelSpec, store: Store) -> Request:
     """The request that the options mean."""
     concepts, second = find_concepts(options, table, model, store)
-    seeds = tuple(options.seeds or model.seeds)
+    seeds = tuple(dict.fromkeys(options.seeds or model.seeds))
     if options.quick:
-        concepts = concepts[: model.quick.concepts]
+        concepts = concepts if options.names else concepts[: model.quick.concepts]
         seeds = seeds if options.seeds else seeds[: model.quick.seeds]
     request = Request(
         table, model, tuple(concepts), seeds, second, options.quick, options.weights, count=options.pictures
@@ -197,7 +224,7 @@ def find_concepts(
         else:
             kind = table.options.get("second_kind")
             second = read_concepts(chosen[0], [table.second], known_words(table, model), kind)[0]
-        concepts = [concept for concept in concepts if concept.label != table.second]
+        concepts = [concept for concept in concepts if concept.label != second.label]
     return concepts, second
 
 

@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from evaluation.stats import LEVEL, Interval
 from ldm.checkpoint import atomic_path
 
 DASH = "–"
+KEY = "key"  # the column of cells.csv with the hash of all that a score depends on
 FEW = 5  # a bootstrap over fewer concepts says too little
 PERCENT = round(100 * LEVEL)
 METHOD = (
@@ -190,13 +191,35 @@ def to_csv(result: TableResult) -> str:
 
 def to_cells_csv(result: TableResult) -> str:
     """One line per finished cell with all its metrics."""
+    return cells_csv(result.cells)
+
+
+def cells_csv(records: Sequence[Mapping[str, Any]]) -> str:
+    """One line per record; the hash comes last, so that a line that was cut off has none."""
     out = io.StringIO()
-    columns = list(dict.fromkeys(key for record in result.cells for key in record))
+    columns = list(dict.fromkeys(key for record in records for key in record if key != KEY))
+    columns += [KEY] * any(KEY in record for record in records)
     writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    for record in result.cells:
-        writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in record.items()})
+    for record in records:
+        writer.writerow({key: csv_cell(value) for key, value in record.items()})
     return out.getvalue()
+
+
+def csv_cell(value: Any) -> Any:
+    """A figure with six digits; text that a spreadsheet would take for a formula gets an apostrophe."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@")) and not _is_number(value)
+    return f"'{value}" if is_formula else value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def to_json(result: TableResult) -> str:

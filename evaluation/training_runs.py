@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from evaluation.cells import digest, fingerprint
 from evaluation.concepts import WORD
 from evaluation.experiments import ModelSpec, TrainingOptions
 from evaluation.plan import Training
@@ -30,18 +31,21 @@ def learn(job: Training, folder: Path, model: ModelSpec, train: TrainCommand, de
 
     `train` is main.py's command. A run that was interrupted goes on.
     """
+    pictures = copy_pictures(job, folder / "pictures")
     run = unfinished_run(folder)
-    if run is None:
-        pictures = copy_pictures(job, folder / "pictures")
-        arguments = new_run(job, model, pictures, folder)
-    else:
-        arguments = ["-r", str(run), "-t"]
+    arguments = new_run(job, model, folder) if run is None else ["-r", str(run), "-t"]
+    # Where things lie and what computes may be others than when the run was begun.
+    arguments += ["--data_root", str(pictures)]
+    arguments += ["--ckpt_path", str(find_model_files(model.checkpoint_path).checkpoint)]
     with quiet("ldm", "main"):
         train([*arguments, *device_flags(device)])
     gc.collect()  # a run's trainer and model point at each other: without this, several would be in memory
     finished = unfinished_run(folder)
     assert finished is not None
     files = sorted((finished / "checkpoints").glob("embeddings_gs-*.pt"))
+    if not files:
+        shutil.rmtree(folder / "run")
+        raise ValueError(f"{finished} ended without a learned word; the same command learns it again")
     for file in files:
         shutil.copyfile(file, folder / file.name)
     shutil.rmtree(folder / "run")
@@ -53,27 +57,33 @@ def unfinished_run(folder: Path) -> Path | None:
     for run in sorted((folder / "run").glob("*")):
         if any((run / "configs").glob("*-project.yaml")) and any((run / "configs").glob("*-lightning.yaml")):
             return run
-        shutil.rmtree(run)
+        shutil.rmtree(run) if run.is_dir() else run.unlink()
     return None
 
 
 def copy_pictures(job: Training, folder: Path) -> Path:
-    """The pictures to learn from, numbered in the concept's order."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The pictures to learn from, numbered in the concept's order.
+
+    Raises `ValueError` when they are no longer those that the training was planned with, hours ago perhaps.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    copies = []
     for number, path in enumerate(job.concept.pictures[: job.options.pictures]):
-        shutil.copyfile(path, folder / f"{number:03}{path.suffix.lower()}")
+        copies.append(folder / f"{number:03}{path.suffix.lower()}")
+        shutil.copyfile(path, copies[-1])
+    if digest([fingerprint(path) for path in copies]) != job.unit.settings["pictures"]:
+        raise ValueError(f"the pictures of '{job.concept.label}' have changed meanwhile: start the command again")
     return folder
 
 
-def new_run(job: Training, model: ModelSpec, pictures: Path, folder: Path) -> list[str]:
-    """Arguments of main.py for a training from the start."""
+def new_run(job: Training, model: ModelSpec, folder: Path) -> list[str]:
+    """Arguments of main.py for a training from the start; where pictures and weights lie comes besides."""
     options = job.options
     init_word = job.concept.init_word if options.init_word is None else options.init_word
     words = [
         "--base", str(model.config_file), "-t", "--no-test",
         "--logdir", str(folder / "run"), "--name", RUN_NAME, "--datadir_in_name", "false",
-        "--data_root", str(pictures),
-        "--ckpt_path", str(find_model_files(model.checkpoint_path).checkpoint),
         "--placeholder_string", WORD,
         "--seed", str(job.seed),
         "--max_steps", str(options.steps),
@@ -118,10 +128,8 @@ def to_text(value: Any) -> str:
 
 def device_flags(device: str) -> list[str]:
     """main.py's flags for a device as sampling names it: auto, cpu, mps, cuda, cuda:1."""
-    if device == "auto":
-        return []
     kind, _, index = device.partition(":")
-    return ["--gpus", f"{index or 0},"] if kind == "cuda" else ["--accelerator", kind]
+    return ["--gpus", f"{index or 0}," if kind == "cuda" else kind]
 
 
 def word_file(folder: Path, step: int, result: Mapping[str, Any]) -> Path:

@@ -1,31 +1,36 @@
-"""A user study without a server: static pages that ask the paper's two questions, and what the answers say.
+"""A user study without a server: static pages that ask the paper's two questions.
 
 `make_study` takes a folder of pictures as `reproduce_tables.py --export` writes it. `pages/` may be put on any web
 server or opened as files; it holds no word on which setup drew what. That is in `key.json`, which stays at home. Each
-participant opens one form and sends back the one file of answers that the page saves.
+participant opens one form and sends back the one file of answers that the page saves, for `user_study_answers`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
+import logging
+import os
 import random
+import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evaluation.cells import write_json
-from evaluation.experiments import Row, Table, read_table
+from evaluation.clean_pictures import clean_picture
 from evaluation.gallery import TRAINING
-from evaluation.results import TableResult, summarise
 from evaluation.tables import write_text
+from evaluation.text_files import read_text
 from evaluation.user_study_page import page
 from ldm.data.image import IMAGE_SUFFIXES
+
+log = logging.getLogger(__name__)
 
 KINDS = ("image", "text")  # the two questions of the paper
 KEY_FILE, PAGES = "key.json", "pages"
 REFERENCES = 4  # training pictures shown, as in the paper
+FILE_TIME = 946_684_800  # of all files, so that theirs tells nothing: 1 January 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,7 @@ def find_questions(folder: Path, setups: Sequence[str], rng: random.Random) -> l
         chosen = {setup: rng.choice(files) for setup, files in found.items()}
         first = prompt.startswith("00-")
         kind = "image" if first else "text"
-        text = (place / "prompt.txt").read_text(encoding="utf-8") if (place / "prompt.txt").is_file() else prompt
+        text = read_text(place / "prompt.txt") if (place / "prompt.txt").is_file() else prompt
         references = tuple(pictures_in(folder / TRAINING / concept)[:REFERENCES]) if first else ()
         questions.append(Question(kind, concept, prompt, text, chosen, references))
     if not questions:
@@ -66,33 +71,68 @@ def find_questions(folder: Path, setups: Sequence[str], rng: random.Random) -> l
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures in a folder by name; none if there is no such folder."""
-    return sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
+    """The pictures in a folder by name, without hidden files; none if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
 
 
 def make_study(
     folder: str | Path, setups: Sequence[str], out: str | Path, forms: int = 10, questions: int = 20, seed: int = 0
-) -> list[Path]:
-    """Write `forms` pages of `questions` questions each, half of either kind, and the key; returns the pages.
+) -> dict[Path, int]:
+    """Write `forms` pages of `questions` questions each, half of either kind, and the key.
 
-    Pictures get meaningless names, and their order is drawn anew for each question of each form.
+    Returns how many questions each page has: fewer where the pictures allow no more. `seed` is of the choice of
+    questions and pictures alone: names and order are drawn anew each time, for whoever knows the seed could tell what
+    follows from it. The pages appear together and with the key, or not at all.
     """
     if len(setups) < 2 or len(set(setups)) != len(setups):
         raise ValueError(f"a ranking needs at least two different setups, got {', '.join(setups) or 'none'}")
     out = Path(out)
+    check_free(out)
+    rng = random.Random(seed)
+    key: dict[str, Any] = {"setups": list(setups), "questions": {}}
+    references: dict[Path, str] = {}
+    counts = {}
+    building = out / f".{PAGES}-{secrets.token_hex(4)}"
+    try:
+        for number in range(1, forms + 1):
+            chosen = choose(find_questions(Path(folder), setups, rng), questions, rng)
+            asked = [publish(question, f"{number}.{at}", building / "pictures", key, references)
+                     for at, question in enumerate(chosen, start=1)]  # fmt: skip
+            form = write_text(building / f"form_{number:02}.html", page(f"form_{number:02}", asked))
+            counts[out / PAGES / form.name] = len(chosen)
+        put_out(building, out, key)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    if min(counts.values()) < questions:
+        log.warning("each form has only %d of %d questions: %s holds too few concepts and prompts for more",
+                    min(counts.values()), questions, folder)  # fmt: skip
+    return counts
+
+
+def check_free(out: Path) -> None:
+    """Raise `ValueError` for a folder that holds a study, or pages that belong to none."""
     if (out / KEY_FILE).exists():
         raise ValueError(
             f"there is a study in {out} already, whose answers would lose their key: choose another folder"
         )
-    rng = random.Random(seed)
-    key: dict[str, Any] = {"setups": list(setups), "questions": {}}
-    pages = []
-    for number in range(1, forms + 1):
-        chosen = choose(find_questions(Path(folder), setups, rng), questions, rng)
-        shown = [publish(question, f"{number}.{at}", out, key, rng) for at, question in enumerate(chosen, start=1)]
-        pages.append(write_text(out / PAGES / f"form_{number:02}.html", page(f"form_{number:02}", shown)))
+    if (out / PAGES).is_dir() and any((out / PAGES).iterdir()):
+        raise ValueError(f"{out / PAGES} holds files, but there is no key to them: delete it or choose another folder")
+
+
+def put_out(building: Path, out: Path, key: Mapping[str, Any]) -> None:
+    """Write the key, and give the finished pages their place; neither stays without the other."""
+    for file in building.rglob("*"):
+        os.utime(file, (FILE_TIME, FILE_TIME))
     write_json(out / KEY_FILE, key)
-    return pages
+    try:
+        if (out / PAGES).is_dir():
+            (out / PAGES).rmdir()  # an empty one, which not every system replaces
+        building.rename(out / PAGES)
+    except BaseException:
+        (out / KEY_FILE).unlink()
+        raise
 
 
 def choose(questions: Sequence[Question], count: int, rng: random.Random) -> list[Question]:
@@ -105,96 +145,34 @@ def choose(questions: Sequence[Question], count: int, rng: random.Random) -> lis
     return chosen
 
 
-def publish(question: Question, name: str, out: Path, key: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """Copy a question's pictures under meaningless names, note them in the key; returns what the page shows."""
-    salt = rng.random()
-    names = {}
-    for setup, picture in question.pictures.items():
-        secret = hashlib.sha256(f"{salt}{setup}{name}".encode()).hexdigest()[:12]
-        names[setup] = copy_picture(picture, out / PAGES / "pictures", secret)
-    references = [
-        copy_picture(path, out / PAGES / "pictures", hashlib.sha256(str(path).encode()).hexdigest()[:12])
-        for path in question.references
-    ]
-    key["questions"][name] = {
+def publish(
+    question: Question, name: str, folder: Path, key: dict[str, Any], references: dict[Path, str]
+) -> dict[str, Any]:
+    """Copy a question's pictures under meaningless names, note them in the key; returns what the page shows.
+
+    references: names of the training pictures that were copied before.
+    """
+    for path in question.references:
+        if path not in references:
+            references[path] = copy_picture(path, folder)
+    order = list(question.pictures)
+    random.SystemRandom().shuffle(order)
+    pictures = {copy_picture(question.pictures[setup], folder): setup for setup in order}
+    about = {"kind": question.kind, "concept": question.concept, "prompt": question.prompt}
+    key["questions"][name] = {**about, "pictures": pictures}
+    shown_first = [references[path] for path in question.references]
+    return {
+        "id": name,
         "kind": question.kind,
-        "concept": question.concept,
-        "prompt": question.prompt,
-        "pictures": {file: setup for setup, file in names.items()},
+        "text": question.text,
+        "references": shown_first,
+        "pictures": list(pictures),
     }
-    order = list(names.values())
-    rng.shuffle(order)
-    return {"id": name, "kind": question.kind, "text": question.text, "references": references, "pictures": order}
 
 
-def copy_picture(source: Path, folder: Path, stem: str) -> str:
-    """Copy a picture without its metadata, which may tell how it was made; returns its file name."""
-    from PIL import Image
-
+def copy_picture(source: Path, folder: Path) -> str:
+    """Copy a picture under a new name without its metadata, which may tell how it was made; returns the name."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{stem}.png"
-    if not target.is_file():
-        with Image.open(source) as image:
-            image.convert("RGB").save(target)
-    return target.name
-
-
-# ------------------------------------------------------------------------------------------------------- answers
-
-
-def read_answers(folder: str | Path, key: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Records {row, concept, seed, image_rank or text_rank} of all answer files; "concept" is the participant.
-
-    The best of n gets n, the last 1. Raises `ValueError` for an answer that does not fit the key.
-    """
-    folder = Path(folder)
-    files = [folder] if folder.is_file() else sorted(folder.glob("*.json"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no answers: each participant's page saves one .json file")
-    records = []
-    for file in files:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            answers = content["answers"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no file of answers ({error})") from error
-        for answer in answers:
-            question = key["questions"].get(answer["question"])
-            if question is None or set(answer["ranking"]) != set(question["pictures"]):
-                raise ValueError(
-                    f"{file}: the answer to '{answer['question']}' does not fit the key; is it this study's?"
-                )
-            count = len(answer["ranking"])
-            for place, picture in enumerate(answer["ranking"]):
-                row = question["pictures"][picture]
-                rank = {f"{question['kind']}_rank": float(count - place)}
-                at = int(answer["question"].partition(".")[2]) - 1
-                records.append({"row": row, "concept": file.stem, "seed": at, **rank})
-    if not records:
-        raise ValueError(f"{folder} holds files, but no answer in them")
-    return records
-
-
-def analyse(answers: str | Path, key_file: str | Path, command: str = "") -> TableResult:
-    """Mean ranks of the setups with intervals over participants and, within them, questions; and the paper's claims.
-
-    Claims that name a setup outside this study are left out.
-    """
-    key = json.loads(Path(key_file).read_text(encoding="utf-8"))
-    records = read_answers(answers, key)
-    people = list(dict.fromkeys(record["concept"] for record in records))
-    questions = list(range(1 + max(record["seed"] for record in records)))
-    facts = {"Participants": str(len(people)), "Answers": str(len({(r["concept"], r["seed"]) for r in records}))}
-    if command:
-        facts["Command"] = command
-    table = study_table(key["setups"])
-    return summarise(table, records, people, questions, facts, len(records))
-
-
-def study_table(setups: Sequence[str]) -> Table:
-    """Figure 10(b) with the rows of this study."""
-    table = read_table("figure10b")
-    known = {row.name: row for row in table.rows}
-    rows = tuple(known.get(setup, Row(setup, setup.replace("_", " "))) for setup in setups)
-    claims = tuple(claim for claim in table.claims if {row for _, row in claim.rows()} <= set(setups))
-    return dataclasses.replace(table, rows=rows, claims=claims)
+    name = f"{secrets.token_hex(8)}.png"
+    clean_picture(source).save(folder / name)
+    return name

@@ -29,7 +29,15 @@ ASK = {
     "text": "Which of the pictures below fits this text best? Click them in order, the best first.",
 }
 SCRIPT = """
-const state = JSON.parse(localStorage.getItem(slot) || "null") || {at: 0, answers: []};
+function begin() {
+  const bytes = Array.from(crypto.getRandomValues(new Uint8Array(8)), byte => byte.toString(16).padStart(2, "0"));
+  return {person: bytes.join(""), at: 0, answers: []};
+}
+function recall() { try { return JSON.parse(localStorage.getItem(slot)); } catch { return null; } }
+// where storage is blocked the form works, but not beyond a reload
+function keep() { try { localStorage.setItem(slot, JSON.stringify(state)); } catch { } }
+let state = recall() || begin();
+keep();
 const main = document.querySelector("main");
 let ranking = [], begun = Date.now();
 function make(kind, options, ...children) {
@@ -73,17 +81,24 @@ function show() {
 function answer(question) {
   state.answers.push({question: question.id, ranking, seconds: Math.round((Date.now() - begun) / 100) / 10});
   state.at += 1;
-  localStorage.setItem(slot, JSON.stringify(state));
+  keep();
+  show();
+}
+function again() {
+  if (!confirm("The answers on this screen will be gone. Have they been saved?")) return;
+  state = begin();
+  keep();
   show();
 }
 function finish() {
-  const text = JSON.stringify({form, answers: state.answers}, null, 1);
+  const text = JSON.stringify({form, person: state.person, answers: state.answers}, null, 1);
   const link = make("a", {href: URL.createObjectURL(new Blob([text], {type: "application/json"})),
-    download: `${form}-${Math.random().toString(36).slice(2, 8)}.json`});
+    download: `${form}-${state.person.slice(0, 6)}.json`});
   main.append(make("h1", {}, "Thank you"), make("p", {}, "Please save your answers and send the file back."),
     make("button", {className: "go", id: "save", onclick: () => link.click()}, "Save answers"),
     make("p", {className: "soft"}, "If saving fails, copy this text instead:"),
-    make("textarea", {id: "answers", readOnly: true, value: text}));
+    make("textarea", {id: "answers", readOnly: true, value: text}),
+    make("p", {}, make("button", {id: "again", onclick: again}, "Start again for another person")));
 }
 show();
 """
@@ -108,5 +123,5 @@ def page(form: str, questions: Sequence[Mapping[str, Any]]) -> str:
 
 
 def as_script(value: Any) -> str:
-    """A value as JavaScript that cannot end the script element."""
-    return json.dumps(value, ensure_ascii=False).replace("</", "<\\/").replace("\u2028", "\\u2028")
+    """A value as JavaScript in which nothing can end the script element or begin a comment of HTML."""
+    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.cells import Progress, Store, Unit
+from evaluation.cells import NeedsFailedError, Progress, Store, Unit
 from evaluation.experiments import ModelSpec
 from evaluation.image_dirs import load_images
 from evaluation.judges import Judge, is_blind_to_text, load_judge
@@ -49,19 +49,21 @@ class Workshop:
         self.device = device
         self.weights = weights or {}
         self.antialias = antialias
+        self.failures: list[ValueError] = []
         self._model: Any = None
         self._judges: dict[str, Judge] = {}
         self._given: dict[tuple[str, tuple[Path, ...]], Tensor] = {}
         self._texts: dict[tuple[str, str], Tensor] = {}
 
-    def run(self, cells: Sequence[Cell], progress: Progress | None = None, pictures: bool = False) -> None:
+    def run(self, cells: Sequence[Cell], progress: Progress | None = None, pictures_of_seed: int | None = None) -> None:
         """Do all that is missing: what one concept and seed needs before the next, so that a stopped run leaves scores.
 
-        Words are learned before pictures are drawn, so that only one model is in memory.
-        pictures: draw those of scores that came from an earlier run, too.
+        Words are learned before pictures are drawn, so that only one model is in memory. What fails by itself, such as
+        a word that diverged, is left out with all that needs it, and found in `failures`.
+        pictures_of_seed: draw this seed's pictures of scores that came from an earlier run, too.
         """
         progress = progress or Progress(self.store)
-        missing = [cell for cell in cells if not self.has(cell, pictures)]
+        missing = [cell for cell in cells if not self.has(cell, cell.seed == pictures_of_seed)]
         if len(missing) < len(cells):
             log.info("%d of %d cells are there", len(cells) - len(missing), len(cells))
         if not missing:
@@ -69,6 +71,8 @@ class Workshop:
         for alias in self.spec.judges:
             self.judge(alias)  # what is wrong with their files shows before hours of training
         cells = missing
+        for cell in cells:
+            self.forget_what_is_lost(cell)
         trainings = {job.unit.key: job for cell in cells for job in cell.trainings}
         drawings = {cell.drawing.unit.key: cell.drawing for cell in cells if cell.drawing is not None}
         scorings = {cell.scoring.unit.key: cell.scoring for cell in cells}
@@ -78,20 +82,44 @@ class Workshop:
             return learn(trainings[unit.key], folder, self.spec, self.train, self.device)
 
         def draw(unit: Unit, folder: Path) -> Mapping[str, Any]:
-            return self.draw(drawings[unit.key], folder)
+            job = drawings[unit.key]
+            if any(word.training.unit.key in progress.failures for word in job.words):
+                raise NeedsFailedError
+            return self.draw(job, folder)
 
         def judge(unit: Unit, folder: Path) -> Mapping[str, Any]:
             del folder
-            return self.score(scorings[unit.key])
+            job = scorings[unit.key]
+            if job.drawing is not None and not self.store.is_done(job.drawing.unit):
+                raise NeedsFailedError
+            return self.score(job)
 
         work = {"train": train, "draw": draw, "score": judge}
         progress.run("Units", ordered_units(cells), lambda unit, folder: work[unit.kind](unit, folder))
+        self.failures = list(progress.failures.values())
         self.forget_model()
 
     def has(self, cell: Cell, pictures: bool) -> bool:
         """Whether a cell's score is there, and if they are wanted its pictures."""
-        drawn = not pictures or cell.drawing is None or self.store.is_done(cell.drawing.unit)
-        return drawn and self.store.is_done(cell.scoring.unit)
+        return self.store.is_done(cell.scoring.unit) and not (pictures and self.lacks_pictures(cell))
+
+    def lacks_pictures(self, cell: Cell) -> bool:
+        """Whether any of a cell's drawn pictures is not there (they may have been deleted to save space)."""
+        job = cell.drawing
+        if job is None:
+            return False
+        folder = self.store.folder(job.unit)
+        return not all(job.file(folder, prompt, picture).is_file() for prompt, picture, _, _ in job.jobs())
+
+    def forget_what_is_lost(self, cell: Cell) -> None:
+        """Do a missing cell's drawing again when its pictures are gone, and its training when its words are."""
+        if cell.drawing is None or not self.lacks_pictures(cell):
+            return
+        self.store.forget(cell.drawing.unit)
+        for word in cell.drawing.words:
+            unit = word.training.unit
+            if self.store.is_done(unit) and not any(self.store.folder(unit).glob("embeddings_gs-*.pt")):
+                self.store.forget(unit)
 
     # --------------------------------------------------------------------------------------------------- drawing
 

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of captions and pictures (default: 0)")
     add("--batch_size", type=int, default=8, metavar="N", help="pictures at a time (default: 8)")
     add("--gap", type=int, default=256, metavar="N", help="pictures for the loss gap, 0: none (default: 256)")
-    add("--gap_only", action="store_true", help="draw nothing")
+    add("--gap_only", action="store_true", help="draw nothing; the figures go to gap.json")
     add_debug_flag(parser)
     add_model_flags(parser)
     return parser
@@ -49,6 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
     options = build_parser().parse_args(argv)
+    for flag, least in (("count", 1), ("batch_size", 1), ("ddim_steps", 1), ("gap", 0)):
+        if getattr(options, flag) < least or (flag, getattr(options, flag)) == ("gap", 1):
+            more = " (or 2 and more: each loss is compared with another picture's caption)" if flag == "gap" else ""
+            raise ValueError(f"--{flag} must be at least {least}{more}, got {getattr(options, flag)}")
     import dataclasses
     import json
 
@@ -59,7 +63,9 @@ def main(argv: Sequence[str]) -> None:
     from evaluation.scorer import load_scorer
     from ldm import generate
     from ldm.checkpoint import atomic_path
+    from ldm.generate_files import require_folder
 
+    require_folder(options.out_dir)
     sprites = known_sprites(options.data)
     model = generate.load_model(options.ckpt_path, options.config, device=options.device, precision=options.precision)
     figures = []
@@ -82,7 +88,8 @@ def main(argv: Sequence[str]) -> None:
         generate.save_grid(generate.to_uint8(images[:GRID]), options.out_dir / "grid.png", columns=10, settings=asked)
     for value in figures:
         print(value)
-    with atomic_path(options.out_dir / "figures.json") as temporary:
+    name = "gap.json" if options.gap_only else "figures.json"
+    with atomic_path(options.out_dir / name) as temporary:
         temporary.write_text(json.dumps([dataclasses.asdict(value) for value in figures], indent=1), encoding="utf-8")
 
 

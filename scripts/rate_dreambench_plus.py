@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         "as the leaderboard has them. Ratings that are there are not asked for again.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # "--key sk-..." is no --key_env
     )
     add = parser.add_argument
     add("--samples", metavar="DIR", help="folder with src_image, tgt_image and text")
@@ -36,7 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", help="what the service calls its model")
     add("--key_env", metavar="NAME", help="environment variable that holds the key (default: no key)")
     add("--out", required=True, metavar="DIR|FILE", help="where the ratings are")
-    add("--method", help="name of the method in the files (default: textual_inversion, or the only one that is there)")
+    add("--method", help="name of the method in the files (default: textual_inversion, or the only one that is there; "
+        "merged files and people's ratings name none)")  # fmt: skip
     add("--kinds", nargs="+", default=["cp", "pf"], choices=("cp", "pf"), help="default: both")
     add("--repeats", type=int, default=3, metavar="N", help="ratings of each sample (default: 3, as published)")
     add("--averages_only", action="store_true", help="ask nothing, average what is there")
@@ -45,28 +47,45 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; raises `ValueError` for what is missing."""
-    args = build_parser().parse_args(argv)
+    """Parse the command line; raises `ValueError` for what is missing or wrong."""
+    from evaluation.endpoint import check_url
+
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:  # argparse would show what follows a "--key"
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+        named = ", ".join(flags) or "words that belong to no flag"
+        raise ValueError(
+            f"not known: {named}; see --help (a key goes into an environment variable that --key_env names)"
+        )
     if not args.averages_only:
         for flag in ("samples", "url", "model"):
             if getattr(args, flag) is None:
                 raise ValueError(f"rating needs --{flag} (or --averages_only)")
-        if not args.url.startswith(("http://", "https://")):
-            raise ValueError(f"--url {args.url}: begin with http:// or https://")
+        try:
+            check_url(args.url)
+        except ValueError as error:
+            raise ValueError(f"--url: {error}") from error
     if args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
     return args
 
 
 def read_key(name: str | None) -> str:
-    """The key in the environment variable `name`; empty without a name."""
+    """The key in the environment variable `name`; empty without a name. Errors quote neither, for `name` may be one."""
     import os
+
+    from evaluation.endpoint import fits_header
 
     if name is None:
         return ""
-    if not os.environ.get(name):
-        raise ValueError(f"--key_env {name}: there is no such environment variable")
-    return os.environ[name]
+    key = os.environ.get(name, "").strip()  # files that keys are read from end in a line break
+    if not key:
+        raise ValueError("--key_env: there is no such environment variable, or it is empty; give its name, not the key")
+    if not fits_header(key):
+        raise ValueError(
+            "--key_env: the key in this variable holds a character that no HTTP header takes: copy it anew"
+        )
+    return key
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--out", default="study", metavar="DIR", help="default: study")
     make.add_argument("--forms", type=int, default=10, metavar="N", help="different forms (default: 10)")
     make.add_argument("--questions", type=int, default=20, metavar="N", help="questions of each form (default: 20)")
-    make.add_argument("--seed", type=int, default=0, help="of the choice and order of pictures (default: 0)")
+    make.add_argument("--seed", type=int, default=0, help="of the choice of questions and pictures (default: 0)")
     analyse = commands.add_parser("analyse", help="ranks from answers", description="Ranks and intervals from answers.")
     analyse.add_argument("--answers", required=True, metavar="DIR", help="the participants' files")
     analyse.add_argument("--key", required=True, metavar="JSON", help="key.json of the study")
@@ -58,11 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             if getattr(args, flag) < 1:
                 raise ValueError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
         pages = make_study(args.pictures, args.setups, args.out, args.forms, args.questions, args.seed)
+        for form, count in pages.items():
+            print(f"{form}: {count} questions")
         print(f"{len(pages)} forms in {Path(args.out) / PAGES}; keep {Path(args.out) / KEY_FILE} to yourself")
         return
     from evaluation.reproduce import write_result
     from evaluation.tables import markdown_claims, markdown_rows
-    from evaluation.user_study import analyse
+    from evaluation.user_study_answers import analyse
 
     words = sys.argv[1:] if argv is None else list(argv)
     result = analyse(args.answers, args.key, shlex.join(["python", "scripts/user_study.py", *words]))

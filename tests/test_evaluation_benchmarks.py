@@ -1,13 +1,13 @@
-"""DreamBooth's and DreamBench++'s protocols on two subjects, with a ViT-B/32 of random weights; ratings."""
+"""DreamBooth's and DreamBench++'s protocols on two subjects, with a ViT-B/32 of random weights."""
 
 from __future__ import annotations
 
 import functools
-import http.server
 import json
-import threading
-from collections.abc import Iterator
+import logging
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -20,20 +20,10 @@ from evaluation import plan, workshop
 from evaluation.clip_eval import CLIPEvaluator
 from evaluation.concepts import WORD
 from evaluation.dino import DINOEncoder, bare_dino
-from evaluation.dreambench_plus import (
-    averages,
-    category_of,
-    prompt_kind,
-    read_dreambench_plus,
-    read_ratings,
-    read_samples,
-    with_word,
-)
+from evaluation.dreambench_plus import export_samples, label_of, read_dreambench_plus, read_samples, with_word
 from evaluation.experiments import read_table, read_yaml
-from evaluation.ratings import Endpoint, messages_for, parse_score, rate
 from evaluation.reproduce import Options, reproduce
 from ldm.resources import config_path
-from tests.test_scripts_sampling import load
 from tests.tiny_evaluation import write_concept, write_models_file
 from tests.tiny_run import write_config
 
@@ -193,194 +183,101 @@ def test_dreambench_plus_on_two_pictures(benchmark: Path, tmp_path: Path):
     assert [found.mean for found in result.measures.values()] == pytest.approx([0.375])
 
 
-# -- ratings -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [(b"", "00.txt has 0 lines"), (b"\n \n", "00.txt has 0 lines"), (b"Kitten\n", "00.txt has 1 lines"),
+     (b"Kitten\n" + 10 * b"a kitten\n", "00.txt has 11 lines"), (b"caf\xe9\na caf\xe9\n", "00.txt is not in UTF-8")],
+)  # fmt: skip
+def test_captions_that_cannot_be_read_are_named(benchmark: Path, captions: bytes, message: str):
+    (benchmark / "captions" / "live_subject" / "animal" / "00.txt").write_bytes(captions)
+    with pytest.raises(ValueError, match=message):
+        read_dreambench_plus(benchmark)
 
 
-def test_averages_as_on_the_leaderboard():
-    """Ratings whose category means are the published ones average to the published overall figures."""
-    counts = {"live_subject_animal": 45, "live_subject_human": 20, "object": 65, "style": 20}
-    means = {"live_subject_animal": 0.502, "live_subject_human": 0.358, "object": 0.305, "style": 0.358}
-    kinds = {"photorealistic": 0.671, "style": 0.686, "imaginative": 0.437}
-    cp, pf = {}, {}
-    for group, count in counts.items():
-        for k in range(count):
-            for prompt in range(9):
-                key = (f"{group}_{k:02}_thing", prompt)
-                # 1000 repeats whose mean is the wanted share of 4
-                cp[key] = spread(means[group])
-                pf[key] = spread(kinds[prompt_kind(prompt)])
-    found = averages({"cp": cp, "pf": pf})
-    assert round(found["cp"]["animal"], 3) == 0.502
-    assert round(found["cp"]["overall"], 3) == 0.378
-    assert round(found["pf"]["overall"], 3) == 0.624
-    assert round(found["cp_pf"]["overall"], 3) == 0.236
-    assert "pf" not in averages({"cp": cp, "pf": {}})
-
-
-def spread(share: float) -> list[int]:
-    """Scores from 0 to 4 of mean `4 * share`, to three digits."""
-    whole, rest = divmod(round(4000 * share), 1000)
-    return [whole + 1] * rest + [whole] * (1000 - rest)
-
-
-def test_rating_files_of_every_form(tmp_path: Path):
-    item = {"method": "x", "collection_id": "object_00_cup", "prompt_index": 3, "score": 4, "content": "..."}
-    for repeat, score in (("full", 4), ("full2", 2)):
-        (tmp_path / "cp" / repeat).mkdir(parents=True)
-        (tmp_path / "cp" / repeat / "x-object_00_cup-3.json").write_text(json.dumps({**item, "score": score}))
-    (tmp_path / "pf.json").write_text(json.dumps({"object_00_cup-3": 1}))
-    found = read_ratings(tmp_path)
-    assert found == {"cp": {("object_00_cup", 3): [4, 2]}, "pf": {("object_00_cup", 3): [1]}}
-    assert averages(found)["cp"] == {"object": 0.75, "overall": 0.75}
-    people = tmp_path / "people.json"
-    people.write_text(json.dumps({"object_00_cup-3": [3, 2]}))
-    assert read_ratings(people)["pf"] == {("object_00_cup", 3): [2]}
-    for bad, message in ((4, r"should have a pair \[cp, pf\]"), ([3, 9], "no integer from 0 to 4")):
-        people.write_text(json.dumps({"object_00_cup-3": bad}))
-        with pytest.raises(ValueError, match=message):
-            read_ratings(people)
-    people.unlink()
-    (tmp_path / "pf.json").write_text(json.dumps({"object_00_cup-3": 5}))
-    with pytest.raises(ValueError, match="no integer from 0 to 4"):
-        read_ratings(tmp_path)
-    (tmp_path / "pf.json").write_text(json.dumps({"cup": 1}))
-    with pytest.raises(ValueError, match="'cup' is not of the form"):
-        read_ratings(tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds no ratings"):
-        read_ratings(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="none of the categories"):
-        category_of("thing_00_x")
-
-
-def test_ratings_of_several_methods_are_kept_apart(tmp_path: Path):
-    for method, score in (("ti", 0), ("db", 4)):
-        (tmp_path / "cp").mkdir(exist_ok=True)
-        item = {"method": method, "collection_id": "object_00_cup", "prompt_index": 3, "score": score}
-        (tmp_path / "cp" / f"{method}-object_00_cup-3.json").write_text(json.dumps(item))
-    assert read_ratings(tmp_path, "db")["cp"] == {("object_00_cup", 3): [4]}
-    with pytest.raises(ValueError, match="several methods, db, ti"):
-        read_ratings(tmp_path)
-    with pytest.raises(ValueError, match="no ratings of 'x', only of db, ti"):
-        read_ratings(tmp_path, "x")
+def test_pictures_and_captions_of_every_make(benchmark: Path):
+    """Other suffixes, a byte order mark, and what macOS leaves beside files."""
+    animals, captions = (benchmark / part / "live_subject" / "animal" for part in ("images", "captions"))
+    (animals / "00.jpg").rename(animals / "00.JPEG")
+    (animals / "._00.JPEG").write_bytes(b"?")
+    (captions / "00.txt").write_bytes(b"\xef\xbb\xbf" + (captions / "00.txt").read_bytes())
+    kitten, _ = read_dreambench_plus(benchmark)
+    assert kitten.label == "live_subject_animal_00_kitten"
+    assert kitten.texts[0] == "a kitten in place 0"
 
 
 @pytest.mark.parametrize(
-    ("reply", "score"),
-    [("Score: 3", 3), ("It fits.\nscore: 0", 0), ("**Score:** 4", 4), ("Score: 2\nScore: 2", 2), ("Score is 1", None),
-     ("no idea", None), ("Score: 7", None), ("Score: 1 or Score: 2", None), ("Score (0-4): 3", 3),
-     ("Score: Good 3", 3), ("Score: 3.5", None), ("Score: 4.", 4)],
+    ("subject", "label"),
+    [("Kitten", "kitten"), ("ink painting", "ink_painting"), ("cup (red)", "cup_(red)"), ("Dürer's", "dürer's"),
+     ("x/../../escaped", "x_escaped"), ("a\\b", "a_b"), ("cup: red?", "cup_red"), ("///", "sample"),
+     ("a" * 300, "a" * 80)],
 )  # fmt: skip
-def test_scores_in_replies(reply: str, score: int | None):
-    if score is None:
-        with pytest.raises(ValueError, match="no single score"):
-            parse_score(reply)
-    else:
-        assert parse_score(reply) == score
+def test_labels_are_safe_file_names(subject: str, label: str):
+    assert label_of(subject) == label
 
 
-class Rater(http.server.BaseHTTPRequestHandler):
-    """A service that gives 3 for descriptions and 2 for pairs of pictures, after one failure."""
-
-    failures = 1
-    code = 503
-    requests: list[dict] = []  # noqa: RUF012
-    keys: list[str] = []  # noqa: RUF012
-
-    def do_POST(self) -> None:  # noqa: N802
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        Rater.requests.append(body)
-        Rater.keys.append(self.headers.get("Authorization", ""))
-        if Rater.failures:
-            Rater.failures -= 1
-            self.send_error(Rater.code)
-            return
-        parts = body["messages"][-1]["content"]
-        score = 2 if parts[0]["type"] == "image_url" else 3
-        reply = json.dumps({"choices": [{"message": {"content": f"Analysis.\nScore: {score}"}}]}).encode()
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(reply)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+def cell_of(benchmark: Path, seed: int, level: int, root: Path) -> SimpleNamespace:
+    """A drawing of the benchmark's first picture: one picture of each prompt in one grey, after one reconstruction."""
+    folder = root / f"drawn{seed}"
+    folder.mkdir()
+    for prompt in range(10):
+        Image.new("RGB", (8, 8), (level,) * 3).save(folder / f"{prompt}.png")
+    drawing = SimpleNamespace(unit=folder, count=1, file=lambda drawn, prompt, k: drawn / f"{prompt}.png")
+    return SimpleNamespace(drawing=drawing, concept=read_dreambench_plus(benchmark)[0], seed=seed)
 
 
-@pytest.fixture
-def service() -> Iterator[str]:
-    Rater.failures, Rater.code, Rater.requests, Rater.keys = 1, 503, [], []
-    server = http.server.HTTPServer(("127.0.0.1", 0), Rater)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
+STORE = SimpleNamespace(folder=lambda unit: unit)
 
 
-@pytest.fixture
-def samples(tmp_path: Path) -> Path:
-    folder = tmp_path / "samples"
-    for part in ("src_image", "tgt_image", "text"):
-        (folder / part / "object_00_cup").mkdir(parents=True)
-    for k in range(2):
-        for part in ("src_image", "tgt_image"):
-            Image.new("RGB", (32, 32), "blue").save(folder / part / "object_00_cup" / f"{k}_0.jpg")
-        (folder / "text" / "object_00_cup" / f"{k}_0.txt").write_text("a cup")
-    return folder
+def test_samples_are_those_of_the_first_seed(benchmark: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    cells = [cell_of(benchmark, seed, level, tmp_path) for seed, level in ((3, 0), (4, 255))]
+    listed = list(read_samples(export_samples(cells, STORE, tmp_path / "samples")))
+    assert len(listed) == 9
+    for sample in listed:
+        with Image.open(sample.picture) as image:
+            assert image.getpixel((0, 0)) == (0, 0, 0)
+    assert "those of seed 3 alone" in caplog.text
 
 
-def test_ratings_by_an_endpoint(service: str, samples: Path, tmp_path: Path):
-    waits: list[float] = []
-    endpoint = Endpoint(service, "seer", key="secret")
-    out = tmp_path / "ratings"
-    assert rate(read_samples(samples), endpoint, out, repeats=2, sleep=waits.append) == 0
-    assert waits == [5.0]
-    assert len(Rater.requests) == 2 * 2 * 2 + 1
-    assert set(Rater.keys) == {"Bearer secret"}
-    assert Rater.requests[0]["model"] == "seer"
-    assert Rater.requests[0]["temperature"] == 1.0
-    found = averages(read_ratings(out))
-    assert found["cp"]["overall"] == 0.5
-    assert found["pf"]["overall"] == 0.75
-    assert (out / "cp" / "full2" / "textual_inversion-object_00_cup-1.json").is_file()
-    assert not any("secret" in file.read_text() for file in out.rglob("*.json"))
-    before = len(Rater.requests)
-    rate(read_samples(samples), endpoint, out, repeats=2)
-    assert len(Rater.requests) == before
+def test_samples_stay_in_their_folder(benchmark: Path, tmp_path: Path):
+    (benchmark / "captions" / "live_subject" / "animal" / "00.txt").write_text("x/../../../../escaped\na x\n")
+    folder = tmp_path / "out" / "samples"
+    export_samples([cell_of(benchmark, 0, 0, tmp_path)], STORE, folder)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"samples"}
+    assert (folder / "tgt_image" / "live_subject_animal_00_x_escaped" / "0_0.jpg").is_file()
 
 
-def test_a_service_that_will_not_answer_is_asked_no_more(service: str, samples: Path, tmp_path: Path):
-    endpoint, waits = Endpoint(service, "seer", key="wrong"), []
-    Rater.failures, Rater.code = 100, 401
-    with pytest.raises(ValueError, match="answered 401"):
-        rate(read_samples(samples), endpoint, tmp_path / "ratings", sleep=waits.append)
-    assert len(Rater.requests) == 1
-    Rater.code = 503
-    with pytest.raises(OSError, match="5 ratings failed one after the other"):
-        rate(read_samples(samples), endpoint, tmp_path / "ratings", sleep=waits.append)
-    assert waits == [5.0, 10.0] * 5
+def test_samples_of_an_earlier_export_go(benchmark: Path, tmp_path: Path):
+    folder = export_samples([cell_of(benchmark, 0, 0, tmp_path)], STORE, tmp_path / "samples")
+    captions = benchmark / "captions" / "live_subject" / "animal" / "00.txt"
+    captions.write_text("Kitten\na kitten\n")
+    export_samples([cell_of(benchmark, 1, 0, tmp_path)], STORE, folder)
+    assert [sample.prompt for sample in read_samples(folder)] == [0]
+    captions.write_text("Cat\na cat\n")
+    export_samples([cell_of(benchmark, 2, 0, tmp_path)], STORE, folder)
+    assert {sample.collection for sample in read_samples(folder)} == {"live_subject_animal_00_cat"}
+    assert len(list((folder / "src_image").iterdir())) == 1
 
 
-def test_the_rating_command(service: str, samples: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
-    Rater.failures = 0
-    command, out = load("rate_dreambench_plus"), str(tmp_path / "ratings")
-    monkeypatch.setenv("RATING_KEY", "secret")
-    words = ["--samples", str(samples), "--url", service, "--model", "seer", "--out", out, "--repeats", "1"]
-    command.main([*words, "--key_env", "RATING_KEY"])
-    assert "cp     object 0.500  overall 0.500" in capsys.readouterr().out
-    command.main(["--out", out, "--averages_only"])
-    assert "cp_pf  overall 0.375" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no such environment variable"):
-        command.main([*words, "--key_env", "NO_SUCH_KEY"])
-    with pytest.raises(ValueError, match="rating needs --samples"):
-        command.parse_args(["--out", out])
-    with pytest.raises(ValueError, match="begin with http"):
-        command.parse_args([*words[:3], "host/v1", *words[4:]])
+def test_references_are_as_training_saw_them(benchmark: Path, tmp_path: Path):
+    photo = Image.new("RGB", (40, 20), "red")
+    tags = photo.getexif()
+    tags[0x0112] = 6  # lies on its side
+    photo.save(benchmark / "images" / "live_subject" / "animal" / "00.jpg", exif=tags)
+    folder = export_samples([cell_of(benchmark, 0, 0, tmp_path)], STORE, tmp_path / "samples")
+    with Image.open(next(read_samples(folder)).reference) as image:
+        assert image.size == (20, 40)
+        assert not image.getexif()
 
 
-def test_each_rubric_asks_for_what_it_rates(samples: Path):
-    cup = next(read_samples(samples))
-    rubric, _, sample = messages_for("cp", cup)
-    assert "subject" in rubric["content"]
-    assert len(sample["content"]) == 2
-    assert sample["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
-    description = messages_for("pf", cup)[-1]["content"]
-    assert [part["type"] for part in description] == ["text", "image_url"]
-    assert "a cup" in description[0]["text"]
+def test_samples_that_are_none(benchmark: Path, tmp_path: Path):
+    folder = export_samples([cell_of(benchmark, 0, 0, tmp_path)], STORE, tmp_path / "samples")
+    drawn = folder / "tgt_image" / "live_subject_animal_00_kitten"
+    (drawn / "._0_0.jpg").write_bytes(b"what macOS leaves")
+    (drawn / "0_0.txt").write_text("no picture")
+    assert len(list(read_samples(folder))) == 9
+    for name, message in (("x_0.jpg", "prompt number 'x'"), ("9_0.jpg", "prompt number '9'")):
+        shutil.copyfile(drawn / "0_0.jpg", drawn / name)
+        with pytest.raises(ValueError, match=f"{name}: the {message} is none from 0 to 8"):
+            list(read_samples(folder))
+        (drawn / name).unlink()

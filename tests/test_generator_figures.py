@@ -122,3 +122,9 @@ def test_command_on_the_tiny_model(sprites: Sprites, tmp_path: Path, capsys: pyt
     assert len(figures) == len(CAPTIONS) + 4 + 6  # four pictures at four of the five ranges of time steps
     assert (tmp_path / "out" / "grid.png").is_file()
     assert "loss with the right caption" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--count=0", "--gap=1", "--gap=-3", "--batch_size=0", "--steps=0"])
+def test_numbers_that_make_no_sense_are_refused(flag: str):
+    with pytest.raises(ValueError, match=f"{flag.split('=')[0].replace('steps', 'ddim_steps')} must be at least"):
+        load("evaluate_generator").main([flag])
