@@ -70,6 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; the default scorer depends on the model."""
+    from ldm.generate_checks import check_seed, check_size, check_texts
+
     args = build_parser().parse_args(argv)
     args.scorer = args.scorer or [OWN_SCORER if is_own_model(args.ckpt_path) else PAPERS_SCORER]
     if args.scorer_weights and len(args.scorer_weights) != len(args.scorer):
@@ -77,6 +79,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for flag in ("n_samples", "batch_size"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    check_seed(args.seed, args.n_samples)
+    check_size("--W and --H", args.W, args.H)
+    check_texts(args, "prompt")
     return args
 
 
@@ -136,13 +141,10 @@ def save_scores(
     record = {
         "prompt": args.prompt,
         "text": text,
-        "embedding_path": args.embedding_path,
         "data_dir": args.data_dir,
         "n_samples": args.n_samples,
-        "steps": args.ddim_steps,
-        "sampler": args.sampler,
-        "scale": args.scale,
         "seed": args.seed,
+        **settings_of(args),
         "pictures": [file.name for file in files],
         "scores": {
             name: {metric: value if math.isfinite(value) else None for metric, value in values.items()}
@@ -174,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(args.ckpt_path, args.config, device=args.device, precision=args.precision)
     judges = {name: load_judge(name, file, model.device) for name, file in zip(args.scorer, weights, strict=True)}
     words = load_words(model, args.embedding_path)
-    args.prompt = args.prompt or f"a photo of {words[0]}"
+    args.prompt = f"a photo of {words[0]}" if args.prompt is None else args.prompt
     check_words([args.prompt], words)
     text = without_words(args.prompt, words)
     pictures, files = draw(model, args)

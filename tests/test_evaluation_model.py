@@ -51,11 +51,37 @@ def test_scores_of_a_word(model: Path, capsys: pytest.CaptureFixture[str], monke
     assert -1 <= clip["image"] <= clip["nearest"] <= clip["nearest_max"] <= 1
     assert len(list((model / "out").glob("a-photo-of_*.png"))) == 3
     assert f"{clip['image']:.4f}" in capsys.readouterr().out
+    assert record["ckpt_path"] == str(model)
+    assert len(record["embedding_sha256"]) == 1
+    assert [(model / "out" / name).is_file() for name in record["pictures"]] == [True] * 3
+
+
+def run(model: Path, *more: object) -> dict:
+    words = [*PUBLISHED, "--ckpt_path", model, "--out_dir", model / "out", "--n_samples", 1, "--steps", 2,
+             "--device", "cpu", "--scorer", "ViT-B/32", *more]  # fmt: skip
+    load("evaluate_model").main([str(word) for word in words])
+    return json.loads((model / "out" / "scores.json").read_text())
+
+
+def test_what_is_not_known_and_what_is_not_asked(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(judges, "load_judge", lambda *args: tiny_evaluator())
+    first = run(model, "--prompt", "a photo of a cat")
+    assert first["scores"]["ViT-B/32"]["diversity"] is None  # of one picture: not-a-number is no JSON
+    assert "no learned word occurs in 'a photo of a cat'" in caplog.text
+    second = run(model, "--prompt", "a photo of a cat", "--scale", 2)
+    assert not set(first["pictures"]) & set(second["pictures"])  # those of other settings are kept
+    assert run(model, "--prompt", "")["prompt"] == ""
+    with pytest.raises(ValueError, match="infinite or undefined numbers"):
+        run(model, "--scale", 1e38)
 
 
 def test_the_default_scorer_follows_the_model():
     command = load("evaluate_model")
     assert command.parse_args([*PUBLISHED]).scorer == ["emoji64"]
+    shipped = str(ROOT / "models" / "ldm" / "emoji64")
+    assert command.parse_args([*PUBLISHED, "--ckpt_path", shipped]).scorer == ["emoji64"]
     assert command.parse_args([*PUBLISHED, "--ckpt_path", "x.ckpt"]).scorer == ["ViT-B/32"]
     with pytest.raises(ValueError, match="give one each"):
         command.parse_args([*PUBLISHED, "--scorer", "a", "b", "--scorer_weights", "c"])
