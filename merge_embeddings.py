@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ldm.cli import add_debug_flag, run_command
+from ldm.cli import add_debug_flag, run_command, shown
 
 if TYPE_CHECKING:
     from ldm.modules.embedding_io import EmbeddingFile
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         merged.token_ids |= {} if found is None else {word: found}
     write_embeddings(merged, args.output_path)
     for word, vectors in merged.vectors.items():
-        print(f"{word}: {len(vectors)} vector{'s' * (len(vectors) > 1)}")
+        print(f"{shown(word)}: {len(vectors)} vector{'s' * (len(vectors) > 1)}")
     print(f"{args.output_path}: {len(merged.vectors)} words for {WIDTHS.get(width, f'vectors of width {width}')}")
 
 

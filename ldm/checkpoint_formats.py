@@ -86,6 +86,9 @@ def _read_safetensors(file: io.BufferedReader, size: int) -> tuple[Any, dict[str
         starts: dict[str, int] = {}
         for name, row in rows.items():
             tree[name], starts[name] = _safetensors_row(name, row, 8 + length)
+        kind = (header.get("__metadata__") or {}).get("prediction_type")
+        if isinstance(kind, str):
+            tree.setdefault("prediction_type", kind)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"is a damaged safetensors file: its header cannot be read; {AGAIN}") from error
     end = max((starts[name] + row["data_offsets"][1] - row["data_offsets"][0] for name, row in rows.items()), default=0)
@@ -185,7 +188,7 @@ def _read_legacy(file: io.BufferedReader, size: int) -> tuple[Any, dict[str, int
     for key in keys if isinstance(keys, list) else ():
         file.seek(position)
         head = file.read(8)
-        if len(head) < 8 or key not in by_key:
+        if len(head) < 8 or not isinstance(key, str) or key not in by_key:
             raise CheckpointError(f"is cut off or damaged before storage {key}; {AGAIN}")
         (numel,) = struct.unpack("<q", head)
         starts[key] = position + 8

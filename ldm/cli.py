@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -55,7 +56,9 @@ def run_command(main: Callable[[Sequence[str]], object], argv: Sequence[str] | N
     `--debug` or `-d` is among the arguments.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(SafeFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         main(argv)
     except KeyboardInterrupt:
@@ -65,8 +68,21 @@ def run_command(main: Callable[[Sequence[str]], object], argv: Sequence[str] | N
     except Exception as error:
         if DEBUG_FLAGS.intersection(argv) or not (isinstance(error, USER_ERRORS) or lacks_memory(error)):
             raise
-        print(f"error: {describe(error)}", file=sys.stderr)
+        print(f"error: {shown(describe(error))}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+
+
+def shown(text: str, keep: str = "") -> str:
+    """`text` with all that a terminal would act upon written as in JSON, such as \\u001b; `keep` stays as it is."""
+    return "".join(c if c.isprintable() or c in keep else json.dumps(c)[1:-1] for c in text)
+
+
+class SafeFormatter(logging.Formatter):
+    """Names from files of strangers reach the log: what a terminal would act upon is written out."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return shown(super().format(record), keep="\n\t")
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -57,7 +57,7 @@ def convert(
     if weights not in WEIGHTS:
         raise CheckpointError(f"weights '{weights}' is unknown; choose one of {', '.join(WEIGHTS)}")
     to_file = target.suffix in FILE_SUFFIXES
-    if target.exists() and (not to_file or target.samefile(source)):
+    if target.exists():
         raise CheckpointError(f"{target} is already there: name a new {'file' if to_file else 'folder'}")
     if weights == "both" and not to_file:
         raise CheckpointError("a diffusers folder holds one set of weights: choose live or ema")
@@ -95,11 +95,13 @@ def _read(file: Checkpoint, name: str, dtype: torch.dtype | None) -> Tensor:
 def _write_file(file: Checkpoint, names: Mapping[str, str], dtype: torch.dtype | None, target: Path) -> None:
     schedule = {name for name in names if "." not in name}  # betas and the like stay exact
     tensors = {name: _read(file, stored, None if name in schedule else dtype) for name, stored in names.items()}
+    kind = file.scalars.get("prediction_type")
+    said = {"prediction_type": kind} if isinstance(kind, str) else {}  # without it a reader takes eps
     if target.suffix == ".safetensors":
-        save_safetensors(tensors, target)
+        save_safetensors(tensors, target, {"format": "pt", **said})
         return
     step = file.scalars.get("global_step")
-    save_safely({"state_dict": tensors, **({"global_step": step} if isinstance(step, int) else {})}, target)
+    save_safely({"state_dict": tensors, **({"global_step": step} if isinstance(step, int) else {}), **said}, target)
 
 
 def _write_folder(

@@ -105,8 +105,11 @@ def _config_beside(checkpoint: Path) -> Path | None:
     """The config that lies with a checkpoint: `config.yaml` in its folder, or that of its run directory."""
     if (checkpoint.parent / "config.yaml").is_file():
         return checkpoint.parent / "config.yaml"
-    runs = sorted((checkpoint.resolve().parents[1] / "configs").glob("*-project.yaml"))  # named by time: last is newest
-    return runs[-1] if runs and checkpoint.resolve().parent.name == "checkpoints" else None
+    folder = checkpoint.resolve().parent
+    if folder.name != "checkpoints":
+        return None
+    runs = sorted((folder.parent / "configs").glob("*-project.yaml"))  # named by time: the last is the newest
+    return runs[-1] if runs else None
 
 
 def adjust_model(
@@ -125,6 +128,10 @@ def adjust_model(
         model.parameterization = parameterization
     if zero_terminal_snr:
         model.rescale_to_zero_terminal_snr()
+    if (parameterization or zero_terminal_snr) and model.parameterization == "eps" and model.alphas_cumprod[-1] <= 0:
+        raise ValueError(
+            "a schedule of zero terminal SNR ends without a signal, from which eps says nothing: use v or x0"
+        )
     if clip_skip is not None:
         stage = model.cond_stage_model
         if not hasattr(stage, "clip_skip"):

@@ -53,9 +53,9 @@ def apply_flags(config: DictConfig, args: Namespace) -> None:
         _check_words(config)
 
 
-def parameters_of(target: str) -> list[str] | None:
+def parameters_of(target: str, trainer_part: bool = False) -> list[str] | None:
     """Names of the parameters that a `target:` takes; None when nothing is known about them."""
-    return parameter_names(get_obj_from_str(target))
+    return parameter_names(get_obj_from_str(target, trainer_part))
 
 
 def _set_model_param(config: DictConfig, name: str, value: Any, flag: str) -> None:

@@ -247,16 +247,19 @@ def build_loggers(plan: RunPlan) -> list[Logger]:
         if target:
             log.warning("%s no longer exists: logging for TensorBoard instead", target)
         return [csv, TensorBoardLogger(plan.run_dir, name="tensorboard", version="")]
-    accepted = parameters_of(target) or ()
+    accepted = parameters_of(target, trainer_part=True) or ()
     defaults = {"save_dir": str(plan.run_dir), "name": plan.run_dir.name}
     params = {k: v for k, v in defaults.items() if k in accepted} | (config.get("params") or {})
+    for name, value in params.items():
+        if "://" in str(value) and name in ("save_dir", "root_dir", "log_dir"):
+            raise ConfigError(f"lightning.logger: {name} {value} is no folder of this machine")
     return [csv, _build_foreign(target, params)]
 
 
 def _build_foreign(target: str, params: dict[str, Any]) -> Any:
     """Build an object of another library, whose `**kwargs` may reach further than its base classes."""
     try:
-        return get_obj_from_str(target)(**params)
+        return get_obj_from_str(target, trainer_part=True)(**params)
     except TypeError as error:
         raise ConfigError(f"{target}: {error}") from error
 

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from ldm.run import RunPlan, parameters_of
-from ldm.util import ConfigError, check_params, did_you_mean, instantiate_from_config, to_plain
+from ldm.util import ConfigError, check_params, did_you_mean, get_obj_from_str, to_plain
 
 # Callbacks of `lightning.callbacks` that need no `target:`.
 CALLBACKS: dict[str, str] = {
@@ -120,9 +120,15 @@ def _build_callback(name: str, config: dict[str, Any], defaults: dict[str, Any])
     target = config.get("target") or CALLBACKS.get(name)
     if target is None:
         raise ConfigError(f"lightning.callbacks.{name} needs a target{did_you_mean(name, CALLBACKS)}")
-    accepted = parameters_of(target) or ()
+    accepted = parameters_of(target, trainer_part=True) or ()
     params = {k: v for k, v in defaults.items() if k in accepted} | (config.get("params") or {})
-    return instantiate_from_config({"target": target, "params": params})
+    return _made(target, params)
+
+
+def _made(target: str, params: dict[str, Any]) -> pl.Callback:
+    factory = get_obj_from_str(target, trainer_part=True)
+    check_params(target, factory, params)
+    return factory(**params)
 
 
 def best_checkpoints(
@@ -149,4 +155,4 @@ def best_checkpoints(
     defaults |= {"dirpath": str(plan.checkpoint_dir), "filename": "{epoch:06}-{step:09}"}
     check_params("lightning.modelcheckpoint", ModelCheckpoint, params)
     target = config.get("target") or "pytorch_lightning.callbacks.ModelCheckpoint"
-    return [instantiate_from_config({"target": target, "params": {**defaults, **params}})]
+    return [_made(target, {**defaults, **params})]

@@ -31,21 +31,18 @@ _OWN_INSTEAD_OF_TAMING = {
 }
 
 # A config may come from a stranger, so its targets are classes, whose making does nothing but make them, of packages
-# that build models, data and training. Users name packages of their own in the environment variable.
+# that build models and data. Users name packages of their own in the environment variable.
 TRUSTED_PACKAGES = (
     "ldm",
     "main",
     "evaluation.alignment",
     "evaluation.scorer",
-    "pytorch_lightning.callbacks",
-    "pytorch_lightning.loggers",
-    "pytorch_lightning.plugins",
-    "pytorch_lightning.profilers",
-    "pytorch_lightning.strategies",
     "torch.nn",
     "torch.optim",
     "torchvision.transforms",
 )
+# Besides, where main.py builds the parts of a trainer: making a logger may write files.
+TRAINER_PACKAGES = ("pytorch_lightning.callbacks", "pytorch_lightning.loggers", "pytorch_lightning.strategies")
 TRUST_VARIABLE = "LDM_TRUSTED_PACKAGES"
 
 
@@ -73,18 +70,20 @@ def to_plain(config: Any) -> Any:
     return config
 
 
-def get_obj_from_str(target: str) -> Any:
+def get_obj_from_str(target: str, trainer_part: bool = False) -> Any:
     """Import `package.module.Name` and return the object; taming's losses and faces give the project's own classes.
 
     Raises `ConfigError` with the nearest existing name when the module or the attribute does not exist, and for
-    anything but a class of `TRUSTED_PACKAGES`: a config must not be able to run a function.
+    anything but a class of `TRUSTED_PACKAGES` (with `trainer_part` also a callback, logger or strategy of Lightning's):
+    a config must not be able to run a function.
     """
     for theirs, ours in _OWN_INSTEAD_OF_TAMING.items():
         target = target.replace(theirs, ours) if target.startswith(theirs) else target
     module_name, _, name = target.rpartition(".")
     if not module_name:
         raise ConfigError(f"target '{target}' is not a dotted path such as 'ldm.models.autoencoder.AutoencoderKL'")
-    _check_trusted(target, target)
+    trusted = (*TRUSTED_PACKAGES, *_trusted_by_the_user(), *(TRAINER_PACKAGES if trainer_part else ()))
+    _check_trusted(target, target, trusted)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -97,7 +96,9 @@ def get_obj_from_str(target: str) -> Any:
     found = getattr(module, name)
     # What a trusted module merely imported is not its own.
     path = f"{getattr(found, '__module__', module_name)}.{name}"
-    _check_trusted(target, path)
+    _check_trusted(target, path, trusted)
+    if trainer_part and _is_in(path, TRAINER_PACKAGES) and not _is_part_of_a_trainer(found):
+        raise ConfigError(f"target '{target}' is neither a callback nor a logger nor a strategy")
     if not inspect.isclass(found) and not _is_in(path, _trusted_by_the_user()):
         raise ConfigError(f"target '{target}' is no class: of '{module_name}' configs may use classes only")
     return found
@@ -111,8 +112,16 @@ def _is_in(path: str, packages: Iterable[str]) -> bool:
     return any(path.startswith(f"{package}.") for package in packages)
 
 
-def _check_trusted(target: str, path: str) -> None:
-    if not _is_in(path, (*TRUSTED_PACKAGES, *_trusted_by_the_user())):
+def _is_part_of_a_trainer(found: Any) -> bool:
+    from pytorch_lightning import Callback
+    from pytorch_lightning.loggers import Logger
+    from pytorch_lightning.strategies import Strategy
+
+    return inspect.isclass(found) and issubclass(found, (Callback, Logger, Strategy))
+
+
+def _check_trusted(target: str, path: str, trusted: Iterable[str]) -> None:
+    if not _is_in(path, trusted):
         package = path.partition(".")[0]
         raise ConfigError(
             f"target '{target}' is in no package that configs may use; if you trust the config and the package, "

@@ -69,6 +69,8 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 def inspect(args: argparse.Namespace) -> None:
     """Print what each file holds."""
     found = [summary(path) for path in args.files]
+    from ldm.cli import shown
+
     if args.json:
         print(shown(json.dumps(found, indent=2, ensure_ascii=False), keep="\n"))
         return
@@ -84,11 +86,6 @@ def inspect(args: argparse.Namespace) -> None:
             print("  " + "; ".join([f"{word['word']!r}: {count} vector{plural} of length{plural} {lengths}", *more]))
         for key, value in file["info"].items():
             print(f"  {shown(key)} = {shown(str(value))}")
-
-
-def shown(text: str, keep: str = "") -> str:
-    """`text` with all that a terminal would act upon written as in JSON, such as \\u001b; `keep` stays as it is."""
-    return "".join(c if c.isprintable() or c in keep else json.dumps(c)[1:-1] for c in text)
 
 
 def summary(path: str | Path) -> dict[str, Any]:

@@ -68,12 +68,14 @@ def encode(options: argparse.Namespace) -> None:
     if options.data not in entries:
         names = ", ".join(name for name in entries if OmegaConf.is_dict(entries[name])) or "none at all"
         raise ValueError(f"{options.config} describes no data set '{options.data}' under data.params, but {names}")
+    if options.count is not None and options.count < 1:
+        raise ValueError(f"--count must be at least 1, got {options.count}")
     if (options.out / INFO).exists():
         raise FileExistsError(f"{options.out} is a finished folder of latents: delete it, or name another one")
     device = select_device(options.device)
     model: Any = load_model_from_config(config, options.ckpt_path, device=device)
     data: Any = instantiate_from_config(entries[options.data])
-    count = min(options.count or len(data), len(data))
+    count = len(data) if options.count is None else min(options.count, len(data))
     loader = DataLoader(Subset(data, range(count)), options.batch_size, num_workers=options.num_workers)
     writer: LatentWriter | None = None
     with torch.inference_mode():

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import random
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 Raw = dict[str, Any]  # "__key__", "__url__", and bytes by file ending
 PIPE_VARIABLE = "LDM_ALLOW_PIPE"
+MAX_SHARDS = 1_000_000
 ON_ERROR = ("raise", "skip")
 
 
@@ -221,6 +224,10 @@ def expand_shards(shards: str | Sequence[str]) -> list[str]:
     from webdataset.shardlists import expand_urls
 
     patterns = [shards] if isinstance(shards, str) else list(shards)
+    for pattern in patterns:
+        ranges = re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)
+        if math.prod(max(0, int(last) - int(first)) + 1 for first, last in ranges) > MAX_SHARDS:
+            raise ValueError(f"shards '{pattern}' names more than {MAX_SHARDS:,} files")
     found = [shard for pattern in patterns for shard in expand_urls(pattern)]
     pipes = [shard for shard in found if shard.startswith("pipe:")]
     if pipes and os.environ.get(PIPE_VARIABLE) != "1":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from ldm.checkpoint_pickle import ITEM_SIZES, TensorMeta
 
 MAX_FILE_BYTES = 64 << 20  # the largest sensible file, hundreds of words of many vectors, has a tenth of this
+MAX_NUMBERS = MAX_FILE_BYTES // 2  # of all words together
 MAX_VECTORS = 1024  # per word
 MAX_WIDTH = 16384
 
@@ -83,12 +85,16 @@ class Contents:
         self.metadata = dict(metadata or {})
         self._data = data
         self._starts = dict(starts or {})
+        self._numbers = 0  # read so far
 
     def tensor(self, meta: TensorMeta) -> Tensor:
         """Read one tensor."""
         if any(n > MAX_FILE_BYTES for n in meta.shape) or len(meta.shape) > 2:
             raise EmbeddingFileError(f"it holds a tensor of shape {meta.shape}")
         dtype: torch.dtype = getattr(torch, meta.dtype)
+        self._numbers += math.prod(meta.shape)
+        if self._numbers > MAX_NUMBERS:  # tensors may repeat or share what the file holds
+            raise EmbeddingFileError(f"its words have more than {MAX_NUMBERS:,} numbers in all")
         if 0 in meta.shape:
             return torch.empty(meta.shape, dtype=dtype)
         items = 1 + sum((n - 1) * s for n, s in zip(meta.shape, meta.stride, strict=True))

@@ -14,14 +14,14 @@ class AncestralSampler(Sampler):
     """DDPM chain over all trained steps (S = T) or over S evenly spaced ones.
 
     `clip_denoised` limits estimates of x_0 to [-1, 1], for pixel models; `v_posterior` chooses the variance as in
-    `diffusion_buffers` (default: that of the model).
+    `diffusion_buffers`. Both are by default as the model has them.
     """
 
     paste_after_step = True
 
-    def __init__(self, model: Denoiser, clip_denoised: bool = False, v_posterior: float | None = None) -> None:
+    def __init__(self, model: Denoiser, clip_denoised: bool | None = None, v_posterior: float | None = None) -> None:
         super().__init__(model)
-        self.clip_denoised = clip_denoised
+        self.clip_denoised = getattr(model, "clip_denoised", False) if clip_denoised is None else clip_denoised
         self.v_posterior = float(getattr(model, "v_posterior", 0.0)) if v_posterior is None else v_posterior
 
     def check_eta(self, eta: float) -> None:

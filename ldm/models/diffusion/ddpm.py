@@ -84,6 +84,7 @@ class LatentDiffusion(DDPM):
         elif conditioning_key is None:
             conditioning_key = "concat" if concat_mode else "crossattn"
         super().__init__(conditioning_key=conditioning_key, **ddpm_options)
+        self.clip_denoised = False  # latents have no bounds
         self.conditioning_key = conditioning_key
         self.cond_stage_key = cond_stage_key
         self.cond_stage_trainable = cond_stage_trainable
