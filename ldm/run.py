@@ -42,6 +42,9 @@ SECTIONS = {
 }
 
 
+PARTS = ("trainer", "callbacks", "modelcheckpoint", "logger")  # of `lightning`, with keys and values of their own
+
+
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
     """Everything that a run needs to know before anything is built."""
@@ -89,9 +92,9 @@ def make_plan(args: Namespace, overrides: Sequence[str] = (), now: datetime.date
         lightning.trainer.gpus = args.gpus
     if args.compile is not None:
         lightning.compile = args.compile  # saved with the run's configs, so that a resumed run compiles, too
+    check_numbers(config, lightning)
     train = bool(config.get("train", False)) if args.train is None else args.train
     config.train = train  # so that `-r DIR` alone goes on training
-    check_numbers(config, lightning)
     run_dir = resumed_dir or new_run_dir(args, started)
     return RunPlan(
         config=config,
@@ -145,10 +148,14 @@ def _start_time(resumed_dir: Path | None, now: datetime.datetime) -> str:
 
 def saved_configs(run_dir: Path) -> list[Path]:
     """Configs that earlier starts of the run saved, oldest first."""
-    files = sorted((run_dir / "configs").glob("*.yaml"))
-    if not files:
+    folder = run_dir / "configs"
+    if not any(folder.glob("*.yaml")):
         raise FileNotFoundError(f"cannot resume: '{run_dir}' has no configs/*.yaml, so it is not a run directory")
-    return files
+    started = {path.name.removesuffix("-project.yaml") for path in folder.glob("*-project.yaml")}
+    whole = sorted(name for name in started if (folder / f"{name}-lightning.yaml").is_file())
+    if not whole:
+        raise FileNotFoundError(f"cannot resume: the configs of '{run_dir}' are not all there; start the run anew")
+    return [folder / f"{name}-{kind}.yaml" for name in whole for kind in ("lightning", "project")]
 
 
 def new_run_dir(args: Namespace, started: str) -> Path:
@@ -174,7 +181,7 @@ def merge_configs(paths: Iterable[Path]) -> DictConfig:
     for path in paths:
         merged = OmegaConf.merge(merged, read_config(path))
     check_sections(merged)
-    if "model" not in merged:
+    if merged.get("model") is None:
         raise ConfigError("the config has no 'model' section")
     return merged
 
@@ -198,10 +205,29 @@ def check_numbers(config: DictConfig, lightning: DictConfig) -> None:
         if value is not None and not (isinstance(value, int | float) and low <= value <= high):
             limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ConfigError(f"{name} is {value!r}; it must be a number {limits}")
+    for where, name, kind, what in (
+        (config, "seed", int, "a whole number"),
+        (config, "data.params.batch_size", int, "a whole number"),
+        (lightning, "modelcheckpoint.params.every_n_train_steps", int, "a whole number"),
+        (config, "train", bool, "true or false"),
+        (config, "scale_lr", bool, "true or false"),
+    ):
+        value = OmegaConf.select(where, name)
+        if value is not None and (not isinstance(value, kind) or kind is int and isinstance(value, bool)):
+            raise ConfigError(f"{name} is {value!r}; it must be {what}")
 
 
 def check_sections(config: DictConfig) -> None:
     """Raise `ConfigError` for a section name that nothing reads, at the top and in `model`, `data`, `lightning`."""
+    callbacks = OmegaConf.select(config, "lightning.callbacks")
+    own = [f"lightning.callbacks.{name!s}" for name in callbacks] if isinstance(callbacks, DictConfig) else []
+    for section in (*filter(None, SECTIONS), *(f"lightning.{part}" for part in PARTS), *own):
+        node = OmegaConf.select(config, section)
+        if node is not None and not isinstance(node, DictConfig):
+            raise ConfigError(f"{section} is {node!r}; it should have keys and values of its own")
+    target = OmegaConf.select(config, "model.target")
+    if target is not None and not isinstance(target, str):
+        raise ConfigError(f"model.target is {target!r}; it should be a dotted path in quotes")
     for section, known in SECTIONS.items():
         node = OmegaConf.select(config, section) if section else config
         for key in map(str, node) if isinstance(node, DictConfig) else ():

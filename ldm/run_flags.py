@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ldm.util import ConfigError, get_obj_from_str, parameter_names
 
@@ -35,6 +35,7 @@ def apply_flags(config: DictConfig, args: Namespace) -> None:
         _set_model_param(config, "ckpt_path", args.ckpt_path, "--ckpt_path")
     if args.embedding_manager_ckpt:
         _set_model_param(config, "embedding_manager_ckpt", args.embedding_manager_ckpt, "--embedding_manager_ckpt")
+    _lists_of_words(config)
     words, initial = list(args.placeholder_string or []), list(args.init_word or [])
     if any(not word.strip() for word in initial):
         raise ValueError("--init_word is empty: name a plain word to start from, such as dog")
@@ -53,6 +54,23 @@ def apply_flags(config: DictConfig, args: Namespace) -> None:
         _check_words(config)
 
 
+def _lists_of_words(config: DictConfig) -> None:
+    """Make single words of the config lists; raise `ConfigError` for what are no words."""
+    for path in (PLACEHOLDERS, INIT_WORDS):
+        value = OmegaConf.select(config, path)
+        if isinstance(value, str):
+            OmegaConf.update(config, path, [literal(value)])
+            continue
+        for word in value if isinstance(value, ListConfig) else [] if value is None else [value]:
+            if not (isinstance(word, str) or word is None and path == INIT_WORDS):
+                raise ConfigError(f"{path} is {value}; it should be a list of words in quotes")
+
+
+def literal(text: str) -> str:
+    """Text as a value of a config, in which `${` would begin a reference to another value."""
+    return text.replace("${", "\\${")
+
+
 def parameters_of(target: str, trainer_part: bool = False) -> list[str] | None:
     """Names of the parameters that a `target:` takes; None when nothing is known about them."""
     return parameter_names(get_obj_from_str(target, trainer_part))
@@ -62,7 +80,7 @@ def _set_model_param(config: DictConfig, name: str, value: Any, flag: str) -> No
     accepted = parameters_of(config.model.target)
     if accepted is not None and name not in accepted:
         raise ValueError(f"{flag}: {config.model.target} takes no '{name}'")
-    OmegaConf.update(config, f"model.params.{name}", value, force_add=True)
+    OmegaConf.update(config, f"model.params.{name}", literal(str(value)), force_add=True)
 
 
 def _splits_that_take(config: DictConfig, name: str) -> list[str]:
@@ -82,7 +100,7 @@ def _set_data_param(config: DictConfig, name: str, value: Any, overwrite: bool =
     for split in splits:
         path = f"data.params.{split}.params.{name}"
         if overwrite or OmegaConf.select(config, path) is None:
-            OmegaConf.update(config, path, value, force_add=True)
+            OmegaConf.update(config, path, literal(value) if isinstance(value, str) else value, force_add=True)
     return bool(splits)
 
 
@@ -101,10 +119,10 @@ def _apply_word(config: DictConfig, words: Sequence[str], initial: Sequence[str]
                 "give --data_root once for each word"
             )
     if words:
-        OmegaConf.update(config, PLACEHOLDERS, list(words), force_add=True)
+        OmegaConf.update(config, PLACEHOLDERS, [literal(word) for word in words], force_add=True)
         _set_data_param(config, "placeholder_token", words[0])
     if initial:
-        OmegaConf.update(config, INIT_WORDS, list(initial), force_add=True)
+        OmegaConf.update(config, INIT_WORDS, [literal(word) for word in initial], force_add=True)
     if OmegaConf.select(config, MANAGER) is not None:
         known = OmegaConf.select(config, PLACEHOLDERS) or [DEFAULT_PLACEHOLDER]
         _set_data_param(config, "placeholder_token", known[0], overwrite=False)

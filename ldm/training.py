@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import re
 import warnings
 from pathlib import Path
@@ -23,6 +22,7 @@ from pytorch_lightning.utilities.warnings import PossibleUserWarning
 from ldm import callbacks as cb
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.run import RunPlan, parameters_of
+from ldm.run_flags import literal
 from ldm.training_callbacks import build_callbacks
 from ldm.training_precision import use_half_weights
 from ldm.training_speed import speed_up
@@ -49,12 +49,14 @@ def execute(plan: RunPlan) -> None:
         raise ValueError("nothing to do: add -t to train (or set `train: true` in the config)")
     if "data" not in plan.config:
         raise ConfigError("the config has no 'data' section, so there is nothing to train on")
+    missing = [folder for folder in plan.run_dir.absolute().parents if not folder.exists()]
     plan = reserve(plan)
     try:
         _execute(plan)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.removedirs(plan.run_dir)  # only if the run left nothing there
+        with contextlib.suppress(OSError):  # only what was made for the run, and if the run left nothing there
+            for folder in (plan.run_dir, *missing):
+                folder.rmdir()
         raise
 
 
@@ -76,7 +78,17 @@ def reserve(plan: RunPlan) -> RunPlan:
             return dataclasses.replace(plan, run_dir=folder)
 
 
+def _start_from_own_words(plan: RunPlan) -> None:
+    """Where the file that a resumed run started from is gone, its newest words have the same shapes."""
+    path = "model.params.embedding_manager_ckpt"
+    start, own = OmegaConf.select(plan.config, path), plan.checkpoint_dir / "embeddings.pt"
+    if plan.resume is not None and start and not Path(start).exists() and own.is_file():
+        log.info("%s is gone: going on with the words of %s", start, own)
+        OmegaConf.update(plan.config, path, literal(str(own)))
+
+
 def _execute(plan: RunPlan) -> None:
+    _start_from_own_words(plan)
     data = build_data(plan)
     pl.seed_everything(plan.seed, verbose=False)
     model = instantiate_from_config(plan.config.model)
@@ -150,6 +162,8 @@ def build_data(plan: RunPlan) -> Any:
 def build_trainer(plan: RunPlan, model: pl.LightningModule) -> pl.Trainer:
     """The Trainer that `plan.lightning` describes, with this code base's defaults for the rest."""
     options: dict[str, Any] = to_plain(plan.lightning.get("trainer")) or {}
+    if options.get("callbacks"):
+        raise ConfigError("lightning.trainer.callbacks is not read: name them under lightning.callbacks")
     choose_devices(options)
     check_params("lightning.trainer", pl.Trainer, options)
     if not model.automatic_optimization:

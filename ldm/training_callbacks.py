@@ -143,7 +143,8 @@ def best_checkpoints(
         return []  # FixedValidation keeps the best vectors
     params.pop("save_last", None)
     monitor = params.get("monitor", getattr(model, "monitor", None))
-    validates = "validation" in (plan.config.data.get("params") or {}) and options.get("limit_val_batches") != 0
+    has_set = (plan.config.data.get("params") or {}).get("validation") is not None
+    validates = has_set and options.get("limit_val_batches") != 0
     if monitor and validates:
         params.pop("every_n_train_steps", None)  # the metric is known after a validation
         defaults: dict[str, Any] = {"monitor": monitor, "save_top_k": 3, "save_on_train_epoch_end": False}

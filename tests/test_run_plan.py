@@ -84,7 +84,7 @@ def test_yaml_targets_resolve():
     assert get_obj_from_str("main.ImageLogger") is ldm.callbacks.ImageLogger
     assert get_obj_from_str("main.DataModuleFromConfig") is ldm.data.datamodule.DataModuleFromConfig
     for name in main.YAML_TARGETS:
-        get_obj_from_str(f"main.{name}")
+        get_obj_from_str(f"main.{name}", trainer_part=True)
     with pytest.raises(ConfigError, match="did you mean 'ImageLogger'"):
         get_obj_from_str("main.ImageLoger")
 
@@ -312,6 +312,7 @@ def test_resume_errors(stopped_run: Path, tmp_path: Path):
 
 def test_later_starts_win_and_never_share_a_name(stopped_run: Path):
     write_config(stopped_run / "configs" / f"{NOW:%Y-%m-%dT%H-%M-%S}-project.yaml", {"seed": 8})
+    write_config(stopped_run / "configs" / f"{NOW:%Y-%m-%dT%H-%M-%S}-lightning.yaml", {"lightning": {}})
     made = plan("-r", stopped_run)
     assert made.seed == 8
     assert made.started == "2025-01-31T12-05-10"

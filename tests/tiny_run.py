@@ -67,6 +67,17 @@ class SignalAt(pl.Callback):
             os.kill(os.getpid(), getattr(signal, self.name))
 
 
+class AskToStop(pl.Callback):
+    """Ends the run after batch number `batch`, as Lightning's Timer does: whether or not a step is complete."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.processed + 1 == self.batch:
+            trainer.should_stop = True
+
+
 class GradientDump(pl.Callback):
     """Writes the gradients of the first optimiser step to a file."""
 

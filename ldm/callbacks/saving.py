@@ -77,6 +77,7 @@ class LastCheckpoint(Checkpoint):
         self.speaks = True
         self.save_requested = False
         self.stop_requested = False
+        self.stop_after_step = False  # something else than a signal, such as --max_time, stops the run
         self.saved_step = -1
         self.previous_step = 0
         self.saved_at = 0.0
@@ -141,9 +142,12 @@ class LastCheckpoint(Checkpoint):
         """Save when it is time, and stop when asked to."""
         del pl_module, outputs, batch, batch_idx
         step = trainer.global_step
-        if step == self.previous_step:
-            return  # gradients are still being accumulated
+        if step == self.previous_step:  # gradients are still being accumulated
+            self.stop_after_step |= trainer.should_stop
+            trainer.should_stop = False
+            return
         self.previous_step = step
+        trainer.should_stop |= self.stop_after_step
         stop = self._agree(trainer, self.stop_requested)
         if stop or self._agree(trainer, self._is_due(trainer, step)):
             self.save(trainer)
@@ -237,6 +241,9 @@ def concept_files(words: Iterable[str]) -> dict[str, str]:
     files: dict[str, str] = {}
     for number, word in enumerate(concepts if len(concepts) > 1 else (), start=1):
         name = re.sub(r"[^\w-]+", "-", word).strip("-") or "word"
-        taken = name in RESERVED or name.startswith("gs-") or f"embeddings_{name}.pt" in files.values()
-        files[word] = f"embeddings_{name}-{number}.pt" if taken or name == "word" else f"embeddings_{name}.pt"
+        if name in RESERVED or name == "word" or name.startswith("gs-"):
+            name = f"{name}-{number}"
+        while f"embeddings_{name}.pt" in files.values():
+            name = f"{name}-{number}"
+        files[word] = f"embeddings_{name}.pt"
     return files

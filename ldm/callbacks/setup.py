@@ -56,7 +56,7 @@ class SetupCallback(pl.Callback):
 
     def _write(self, folder: Path) -> None:
         lightning = OmegaConf.create({"lightning": self.lightning_config})
-        for name, config in (("project", self.config), ("lightning", lightning)):
+        for name, config in (("lightning", lightning), ("project", self.config)):  # without the last it is no run
             path = folder / f"{self.started}-{name}.yaml"
             unfinished = path.with_suffix(".tmp")  # a run killed here must still be resumable
             OmegaConf.save(config, unfinished)

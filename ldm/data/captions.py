@@ -70,7 +70,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: a JSON object is needed, such as {{'file_name': ...}}")
@@ -79,5 +79,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     with path.open(encoding=ENCODING, newline="") as file, utf8(path):
-        for number, row in enumerate(csv.DictReader(file), start=2):
-            yield number, {key: value for key, value in row.items() if key is not None}
+        try:
+            for number, row in enumerate(csv.DictReader(file), start=2):
+                yield number, {key: value for key, value in row.items() if key is not None}
+        except csv.Error as error:
+            raise ValueError(f"{path} is no table of captions ({error})") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +212,9 @@ def find_images(folder: Path, warn: bool = True) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     full_check = len(files) <= FULL_CHECK_LIMIT
     images, skipped = [], []
+    stems = {path.stem for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
     for path in files:
-        if _is_mask(path):
+        if _is_mask(path, stems):
             continue
         problem = _problem(path, full_check)
         if problem is None:
@@ -245,15 +246,14 @@ def _problem(path: Path, full_check: bool) -> str | None:
 
 
 def _mask_path(image: Path) -> Path | None:
-    path = image.with_name(f"{image.stem}{MASK_SUFFIX}.png")
-    return path if path.is_file() else None
+    named = (image.with_name(f"{image.stem}{MASK_SUFFIX}{suffix}") for suffix in (".png", ".PNG", ".Png"))
+    return next((path for path in named if path.is_file()), None)
 
 
-def _is_mask(path: Path) -> bool:
-    if path.suffix.lower() != ".png" or not path.stem.endswith(MASK_SUFFIX):
-        return False
-    stem = path.stem.removesuffix(MASK_SUFFIX)
-    return any(path.with_name(stem + suffix).is_file() for suffix in IMAGE_SUFFIXES)
+def _is_mask(path: Path, stems: Container[str]) -> bool:
+    """Whether a file is the mask of one of the pictures, whose names without suffix are `stems`."""
+    own = path.stem.removesuffix(MASK_SUFFIX)
+    return path.suffix.lower() == ".png" and own != path.stem and own in stems
 
 
 def resolve_templates(templates: str | Path | Sequence[str] | None, default: str) -> tuple[list[str], list[str]]:

@@ -69,6 +69,8 @@ class EmbeddingManager(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if isinstance(placeholder_strings, str) or isinstance(initializer_words, str):
+            raise ValueError("placeholder_strings and initializer_words are lists of words, not one text")
         words = list(initializer_words or [])
         names = [*(placeholder_strings or []), *(per_img_token_list if per_image_tokens else [])]
         if num_vectors_per_token < 1 or progressive_every < 1:
@@ -370,6 +372,9 @@ class EmbeddingManager(nn.Module):
                 init_word = self.init_words.get(name) or starts.get(name)
                 self.remove(name)
                 self.add(name, vectors, init_word)
+            elif name not in self.init_words and name in starts:
+                self.initial_embeddings[name] = self._from_word(starts[name], len(vectors)).to(vectors.device)
+                self.init_words[name] = starts[name]
             self.string_to_param_dict[name] = vectors.to(self.string_to_param_dict[name].device)
             self._active[name] = words.active.get(name, len(vectors))
         return list(words.vectors)

@@ -83,8 +83,8 @@ class LatentDiffusion(DDPM):
             conditioning_key = None
         elif conditioning_key is None:
             conditioning_key = "concat" if concat_mode else "crossattn"
+        ddpm_options["clip_denoised"] = False  # latents have no bounds
         super().__init__(conditioning_key=conditioning_key, **ddpm_options)
-        self.clip_denoised = False  # latents have no bounds
         self.conditioning_key = conditioning_key
         self.cond_stage_key = cond_stage_key
         self.cond_stage_trainable = cond_stage_trainable
@@ -95,7 +95,6 @@ class LatentDiffusion(DDPM):
         else:
             self.scale_factor = scale_factor
         self.split_input_params: PatchOptions | None = None
-
         self.first_stage_model = freeze(instantiate_from_config(first_stage_config))
         self.cond_stage_model = self._build_conditioner(cond_stage_config)
         if ckpt_path is not None:
