@@ -123,7 +123,7 @@ def draw_sweep(result: TableResult) -> Any:
         draw_anchors(axis, result, metric)
         axis.set_xlabel(literal(result.table.plot.get("label", "")))
         axis.set_title(literal(result.label(metric)))
-        if any(place > 0 for place in places):  # nothing can be put on a logarithmic scale before that
+        if any((place or 0) > 0 for place in places):  # nothing can be put on a logarithmic scale before that
             axis.set_xscale(result.table.plot.get("scale", "linear"))
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=8)

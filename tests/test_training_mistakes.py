@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -175,3 +176,34 @@ def test_stopping_between_accumulated_batches_completes_the_step(tmp_path: Path)
     run = only_run(tmp_path / "cut")
     run_main("-t", "-r", run, "lightning.callbacks.ask.params.batch=100")
     assert_same_state(only_run(tmp_path / "whole"), run)
+
+
+def logged_steps(run: Path, column: str) -> list[int]:
+    """Steps with a value in a column of the log, over all starts of a run."""
+    found = set()
+    for path in run.glob("csv/*/metrics.csv"):
+        with path.open() as file:
+            found |= {int(row["step"]) for row in csv.DictReader(file) if row.get(column)}
+    return sorted(found)
+
+
+def test_a_validation_due_where_the_run_is_stopped_is_not_lost(tmp_path: Path):
+    config = tiny_config()
+    config["data"]["params"]["validation"] = {"target": "tests.tiny_run.Squares", "params": {"count": 4, "first": 90}}
+    config["data"]["params"]["train"]["params"]["count"] = 40
+    config["model"]["params"]["monitor"] = "val/loss_simple"
+    config["lightning"]["modelcheckpoint"]["params"]["save_top_k"] = -1
+    config["lightning"]["trainer"] |= {"val_check_interval": 2, "max_steps": 6, "log_every_n_steps": 1}
+    file = write_config(tmp_path / "c.yaml", config)
+    run_main("-t", "--base", file, "-l", tmp_path / "whole")
+    send = {"target": "tests.tiny_run.SignalAt", "params": {"step": 3, "name": "SIGINT"}}
+    with pytest.raises(KeyboardInterrupt):
+        run_main("-t", "--base", file, "-l", tmp_path / "cut", f"+lightning.callbacks.send={json.dumps(send)}")
+    whole, cut = only_run(tmp_path / "whole"), only_run(tmp_path / "cut")
+    run_main("-r", cut)
+    assert_same_state(whole, cut)
+    for column in ("train/loss", "val/loss_simple"):
+        assert logged_steps(cut, column) == logged_steps(whole, column) != []
+    names = [sorted(path.name for path in (run / "checkpoints").glob("epoch*")) for run in (whole, cut)]
+    assert names[0] == names[1]
+    assert len(names[0]) == 3

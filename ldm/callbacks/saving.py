@@ -77,6 +77,7 @@ class LastCheckpoint(Checkpoint):
         self.speaks = True
         self.save_requested = False
         self.stop_requested = False
+        self.stopping = False
         self.stop_after_step = False  # something else than a signal, such as --max_time, stops the run
         self.saved_step = -1
         self.previous_step = 0
@@ -151,14 +152,20 @@ class LastCheckpoint(Checkpoint):
         stop = self._agree(trainer, self.stop_requested)
         if stop or self._agree(trainer, self._is_due(trainer, step)):
             self.save(trainer)
-        if stop:
-            raise RunStopped(f"stopped after step {step}, saved as {self.path}")
+        self.stopping = stop
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Stop when asked to: only now, since a step's validation and its line in the log come after its end."""
+        del args
+        if self.stopping:
+            raise RunStopped(f"stopped after step {trainer.global_step}, saved as {self.path}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end of the run."""
         del pl_module
         if self.saved_step != trainer.global_step:
             self.save(trainer)
+        self.on_train_batch_start(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write `last.ckpt` now (all processes must call this together)."""
