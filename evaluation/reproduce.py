@@ -95,11 +95,11 @@ def reproduce(options: Options, train: TrainCommand) -> TableResult:
 
 def warn_of_missing_pictures(request: Request, cells: Sequence[Cell], store: Store) -> None:
     """Say so when some of the pictures that are to be copied are not in the store."""
-    own = [cell for cell in cells if cell.drawing is not None and cell.seed == request.seeds[0]]
-    missing = [cell for cell in own if not store.is_done(cell.drawing.unit)]  # type: ignore[union-attr]
+    own = [cell.drawing.unit for cell in cells if cell.drawing is not None and cell.seed == request.seeds[0]]
+    missing = sum(not store.is_done(unit) for unit in own)
     if missing:
         log.warning("the pictures of %d of %d cells are not there: the command without --report_only draws them",
-                    len(missing), len(own))  # fmt: skip
+                    missing, len(own))  # fmt: skip
 
 
 def work_of(cell: Cell) -> int:

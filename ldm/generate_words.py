@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.generate_files import file_hash
 from ldm.modules.embedding_io import file_of_words, read_embeddings, some_words
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.text import split_at_placeholders
@@ -85,4 +85,4 @@ def prompts_without_words(prompts: Sequence[str], words: Sequence[str]) -> list[
 
 def fingerprint(path: str | Path) -> str:
     """First 16 hexadecimal digits of the SHA-256 of a file of words."""
-    return hashlib.sha256(file_of_words(path).read_bytes()).hexdigest()[:16]
+    return file_hash(file_of_words(path))
