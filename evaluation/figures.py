@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ log = logging.getLogger(__name__)
 
 OURS, PUBLISHED = "#1f6f8b", "#b8572a"
 GREY = "#888888"
+LINE_HEIGHT = 0.035  # of names beside a panel, in parts of its height
 
 
 def write_figure(result: TableResult, path: Path) -> Path | None:
@@ -131,12 +133,31 @@ def draw_sweep(result: TableResult) -> Any:
 
 
 def draw_anchors(axis: Any, result: TableResult, metric: str) -> None:
-    """Rows that are no part of the sweep as named horizontal lines."""
-    for row in result.table.rows:
-        found = result.interval(metric, row)
-        if row.at is None and found is not None:
-            axis.axhline(found.mean, color=GREY, linestyle=":", linewidth=1)
-            axis.annotate(
-                literal(row.label), (1, found.mean), xycoords=("axes fraction", "data"), fontsize=7, color=GREY,
-                ha="right", va="bottom",
-            )  # fmt: skip
+    """Rows that are no part of the sweep as horizontal lines, named beside the panel."""
+    anchors = [
+        (found.mean, row.label)
+        for row in result.table.rows
+        if row.at is None and (found := result.interval(metric, row)) is not None
+    ]
+    for place, _ in anchors:
+        axis.axhline(place, color=GREY, linestyle=":", linewidth=1)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high)  # what is drawn later must not move the lines away from their names
+    anchors.sort()
+    heights = spread([(place - low) / (high - low) for place, _ in anchors], LINE_HEIGHT)
+    for (_, label), height in zip(anchors, heights, strict=True):
+        axis.annotate(
+            literal(label), (1.01, height), xycoords="axes fraction", fontsize=7, color=GREY, ha="left", va="center"
+        )
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Ascending `places` from 0 to 1, moved up until they lie `gap` apart, and down where that would pass 1."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] + gap) if moved else place)
+    ceiling = 1.0
+    for number in reversed(range(len(moved))):
+        moved[number] = min(moved[number], ceiling)
+        ceiling = moved[number] - gap
+    return moved

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from evaluation.claims import Claim
 from evaluation.experiments import Row, Table, read_table
-from evaluation.figures import write_figure
+from evaluation.figures import draw_sweep, spread, write_figure
 from evaluation.gallery import Exhibit, Strip, strip_picture
 from evaluation.report import to_html, write_report
 from evaluation.results import TableResult, summarise
@@ -72,6 +74,31 @@ def test_figures_of_points_and_sweeps(result: TableResult, tmp_path: Path):
     assert drawn is not None
     assert drawn.stat().st_size > 10_000
     assert write_figure(summarise(sweep, [], ["a"], [0], {}, 1), tmp_path / "none.png") is None
+
+
+def test_names_of_lines_that_nearly_meet_can_be_read(tmp_path: Path):
+    sweep = read_table("figure12")
+    near = {"image_only": 0.100, "prompt_only": 0.101, "short_captions": 0.102, "long_captions": 0.790}
+    records = [
+        {"row": row.name, "concept": "a", "seed": 0, "text": near.get(row.name, 0.3), "image": near.get(row.name, 0.8)}
+        for row in sweep.rows
+    ]
+    figure = draw_sweep(summarise(sweep, records, ["a"], [0], {}, 1))
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        boxes = sorted((text.get_window_extent() for text in axis.texts), key=lambda box: box.y0)
+        assert len(boxes) == 4
+        assert all(below.y1 <= above.y0 + 1 for below, above in zip(boxes, boxes[1:], strict=False))  # within a pixel
+        assert all(box.x0 >= axis.get_window_extent().x1 for box in boxes)  # nothing is drawn over them
+
+
+@given(st.lists(st.floats(0, 1), max_size=20))
+def test_spread_places_keep_their_order_and_distance(places: list[float]):
+    moved = spread(sorted(places), 0.05)
+    assert all(after - before >= 0.05 - 1e-9 for before, after in zip(moved, moved[1:], strict=False))
+    assert max(moved, default=1.0) <= 1.0
+    if all(b - a > 0.05 for a, b in zip(sorted(places), sorted(places)[1:], strict=False)):
+        assert moved == sorted(places)
 
 
 def test_the_page_is_escaped_and_says_what_it_rests_on(result: TableResult):
