@@ -70,9 +70,10 @@ dd { margin: 0; overflow-wrap: anywhere; } footer { margin-top: 2.5rem; color: v
 def to_html(result: TableResult, figure: bytes | None = None, gallery: Sequence[Exhibit] = ()) -> str:
     """The whole page."""
     table = result.table
+    model_note = f" Model: {escape(result.facts['Model'])}." if "Model" in result.facts else ""
     parts = [
         f"<h1>{escape(table.title)}</h1>",
-        f'<p class="soft">{escape(source_note(result))} {escape(result.facts.get("Model", ""))}.</p>',
+        f'<p class="soft">{escape(source_note(result))}{model_note}</p>',
         f'<p class="note">{escape(progress_note(result))}</p>' if progress_note(result) else "",
         html_summary(result),
         html_figure(figure),

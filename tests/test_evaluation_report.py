@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -103,7 +104,8 @@ def test_spread_places_keep_their_order_and_distance(places: list[float]):
 
 def test_the_page_is_escaped_and_says_what_it_rests_on(result: TableResult):
     page = to_html(result)
-    assert "a &lt;model&gt; &amp; more" in page
+    assert " Model: a &lt;model&gt; &amp; more." in page
+    assert "Model:" not in to_html(dataclasses.replace(result, facts={}))
     assert "<model>" not in page
     assert "too narrow" not in page
     few = summarise(result.table, [r for r in result.cells if r["concept"] in "ab"], ["a", "b"], [0, 1], {}, 48)
