@@ -176,31 +176,48 @@ def read_prompts(args: argparse.Namespace) -> list[str] | None:
 
 
 def load_words_of(model: Any, args: argparse.Namespace) -> list[str]:
-    """Load the embedding files; returns the words that the prompts can use."""
-    from ldm.generate_words import fingerprint, load_words, parse_renames
+    """Load the embedding files; returns the words that the prompts can use, and keeps them by file in `args`."""
+    from ldm.generate_words import fingerprint, load_files, parse_renames
 
+    args.words_of_files = []
     if not args.embedding_path:
         if args.rename:
             raise ValueError(f"--rename {args.rename[0]} needs --embedding_path")
         return []
     if not all(map(math.isfinite, args.strength)):
         raise ValueError(f"the strength of a word must be a number, got {args.strength}")
-    words = load_words(model, args.embedding_path, parse_renames(args.rename), args.strength)
+    names = load_files(model, args.embedding_path, parse_renames(args.rename), args.strength)
+    args.words_of_files = list(zip(args.embedding_path, names, strict=True))
     args.embedding_sha256 = [fingerprint(path) for path in args.embedding_path]
     expected = getattr(args, "made_with", {}).get("embedding_sha256")
     if expected and expected != args.embedding_sha256:
         log.warning("the embedding files are not those that %s was made with", args.from_image)
-    return words
+    return [word for _, words in args.words_of_files for word in words]
 
 
-def check_words(prompts: Sequence[str], words: Sequence[str]) -> None:
-    """Warn of prompts in which no learned word occurs."""
+def check_words(
+    prompts: Sequence[str],
+    words: Sequence[str],
+    negative_prompt: str = "",
+    files: Sequence[tuple[str, Sequence[str]]] = (),
+) -> None:
+    """Warn of prompts in which no learned word occurs, and of `files` (path, its words) that nothing makes use of.
+
+    A word in the negative prompt is used, too, and with every prompt.
+    """
     from ldm.generate_words import prompts_without_words
+    from ldm.modules.embedding_io import some_words
 
-    without = prompts_without_words(prompts, words) if words else []
-    if without:
-        names = ", ".join(repr(word) for word in words)
-        log.warning("no learned word occurs in %r; the files have %s", without[0], names)
+    def unused(names: Sequence[str], prompts: Sequence[str]) -> bool:
+        texts = [*prompts, negative_prompt]
+        return len(prompts_without_words(texts, names)) == len(texts)
+
+    idle = [(path, names) for path, names in files if unused(names, prompts)]
+    for path, names in idle:
+        log.warning("%s: none of its words occurs in a prompt or the negative one; it has %s", path, some_words(names))
+    without = [prompt for prompt in prompts if words and unused(words, [prompt])]
+    if without and len(idle) < max(len(files), 1):  # else it is said already
+        log.warning("no learned word occurs in %r; the files have %s", without[0], some_words(words))
 
 
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:
@@ -242,7 +259,7 @@ def prepare(args: argparse.Namespace) -> tuple[Any, list[str], SamplingOptions]:
     adjust_model(model, args.parameterization, args.zero_terminal_snr, args.clip_skip)
     words = load_words_of(model, args)
     prompts = prompts or [f"a photo of {words[0]}"]
-    check_words(prompts, words)
+    check_words(prompts, words, args.negative_prompt, args.words_of_files)
     return model, prompts, options
 
 

@@ -17,13 +17,17 @@ logger = logging.getLogger(__name__)
 
 
 def parse_renames(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs (old, new) of words of the form `old=new`."""
+    """Pairs (old, new) of words of the form `old=new`, parted at the first "=" that leaves two words.
+
+    One within <brackets> parts them only where no other does, so that `<a=b>` may be a word.
+    """
     pairs = []
     for word in words:
-        old, separator, new = word.rpartition("=")
-        if not (separator and old.strip() and new.strip()):
+        cuts = [(word[:i], word[i + 1 :]) for i, sign in enumerate(word) if sign == "="]
+        cuts = [(old, new) for old, new in cuts if old.strip() and new.strip()]
+        if not cuts:
             raise ValueError(f"--rename {word}: write OLD=NEW, for example '*=<my-cat>'")
-        pairs.append((old, new))
+        pairs.append(next((cut for cut in cuts if cut[0].count("<") == cut[0].count(">")), cuts[0]))
     return pairs
 
 
@@ -33,7 +37,17 @@ def load_words(
     renames: Sequence[tuple[str, str]] = (),
     strengths: Sequence[float] = (1.0,),
 ) -> list[str]:
-    """Give `model` the learned words of all files; returns their names.
+    """Give `model` the learned words of all files; returns their names, see `load_files`."""
+    return [word for names in load_files(model, paths, renames, strengths) for word in names]
+
+
+def load_files(
+    model: Any,
+    paths: Sequence[str | Path],
+    renames: Sequence[tuple[str, str]] = (),
+    strengths: Sequence[float] = (1.0,),
+) -> list[list[str]]:
+    """Give `model` the learned words of all files; returns the names that each file's words have.
 
     Each of `renames` (old, new) applies once, to the first file in order that has the old name; a name that is then
     still taken gets a number, with a notice. `strengths`: one for all files or one for each, see
@@ -48,13 +62,15 @@ def load_words(
         model.embedding_manager = EmbeddingManager(model.cond_stage_model)
     left = list(renames)
     loaded: list[str] = []
+    of_files: list[list[str]] = []
     for path, strength in zip(paths, strengths, strict=True):
         words = list(read_embeddings(path).vectors)
         names = _names_for(path, words, left, loaded)
-        loaded += model.embedding_manager.load(path, add=bool(loaded), rename=names, strength=strength)
+        of_files.append(model.embedding_manager.load(path, add=bool(loaded), rename=names, strength=strength))
+        loaded += of_files[-1]
     if left:
         raise ValueError(f"--rename {left[0][0]}={left[0][1]}: no file has that word; there are {some_words(loaded)}")
-    return loaded
+    return of_files
 
 
 def _names_for(

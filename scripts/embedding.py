@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import sys
 from collections.abc import Container, Sequence
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
 
     from ldm.modules.embedding_io import EmbeddingFile
 
+log = logging.getLogger(__name__)
+
 EXAMPLES = """\
 examples:
   what is in a file, whatever program wrote it:
     python scripts/embedding.py inspect cat.pt learned_embeds.bin toy.png
   for other programs: diffusers, AUTOMATIC1111 (as a picture), ComfyUI, kohya, OneTrainer, InvokeAI:
-    python scripts/embedding.py convert cat.pt learned_embeds.safetensors --format diffusers
+    python scripts/embedding.py convert cat.pt learned_embeds.safetensors --format diffusers --rename "*=<cat>"
     python scripts/embedding.py convert cat.pt cat.png
     python scripts/embedding.py convert cat.pt cat.safetensors --format comfyui
   each word of a file in a file of its own, and the other way round:
@@ -142,10 +145,36 @@ def convert(args: argparse.Namespace) -> None:
     written: list[Path] = []
     for word in words.vectors:
         # a name such as "*" makes no file name
-        stem = slug(word if any(map(str.isalnum, word)) else Path(args.source).absolute().stem)
+        stem = slug(word if has_letters(word) else Path(args.source).absolute().stem)
         part = only(words, [word])
         written.append(free_file(target / f"{stem}{FORMATS[format].suffixes[0]}", part, format, written))
         save(part, written[-1], format)
+
+
+def has_letters(word: str) -> bool:
+    """Whether a word has any letter or digit."""
+    return any(map(str.isalnum, word))
+
+
+def as_stored(words: EmbeddingFile, path: Path, format: str) -> EmbeddingFile:
+    """The words as a file gets them: in a picture, a word without letters takes the file's name.
+
+    The web UI goes by the name in a picture, and by the file's own elsewhere.
+    """
+    if format != "a1111-png" or len(words.vectors) != 1:
+        return words
+    return words.renamed({word: path.stem for word in words.vectors if not has_letters(word)})
+
+
+def warn_of_vocabulary(words: EmbeddingFile, path: Path) -> None:
+    """Warn of a word that diffusers refuses to load, because CLIP's vocabulary has an entry of just that name."""
+    from ldm.modules.encoders.clip_tokenizer import SPECIAL_TOKENS, read_vocabulary
+
+    (word,) = words.vectors  # as many as the format holds
+    if word in (*SPECIAL_TOKENS, *read_vocabulary()[0]):
+        new = word if has_letters(word) else path.stem
+        log.warning("%s: diffusers refuses the word %r, which is in CLIP's vocabulary; give it another name, as with "
+                    'convert --rename "%s=<%s>"', path, word, word, new)  # fmt: skip
 
 
 def free_file(path: Path, word: EmbeddingFile, format: str, taken: Container[Path]) -> Path:
@@ -162,6 +191,7 @@ def holds(path: Path, word: EmbeddingFile, format: str) -> bool:
     from ldm.modules.embedding_io import identify
     from ldm.modules.embedding_io_maths import pick
 
+    word = as_stored(word, path, format)
     try:
         found, there = identify(path)
     except (ValueError, OSError):
@@ -205,7 +235,7 @@ def add_interpolate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--at", nargs="+", type=float, default=[0.5], metavar="T",
         help="0 is A, 1 is B; several values give several words (default: 0.5)")  # fmt: skip
     parser.add_argument("--mode", default="spherical", choices=("linear", "spherical"),
-        help="spherical turns evenly and keeps the length (default); linear is the straight line")  # fmt: skip
+        help="spherical changes direction and length evenly (default); linear is the straight line")  # fmt: skip
     _add_result(parser)
 
 
@@ -288,7 +318,10 @@ def save(words: EmbeddingFile, path: Path, format: str | None) -> None:
         token_id = vocabulary(words.width)
         found = {word: token_id(word) for word in words.vectors if word not in words.token_ids}
         words.token_ids |= {word: i for word, i in found.items() if i is not None}
+    words = as_stored(words, path, format)
     write_embeddings(words, path, format)
+    if format == "diffusers":
+        warn_of_vocabulary(words, path)
     names = ", ".join(repr(word) for word in words.vectors)
     print(f"{path}: {names} for {WIDTHS.get(words.width, f'vectors of width {words.width}')}, format {format}")
 

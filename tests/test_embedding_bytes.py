@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import re
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image, features
 
 from ldm.modules.embedding_io import EmbeddingFile, EmbeddingFileError, identify, read_embeddings, write_embeddings
 from tests import embedding_bytes as B
@@ -94,9 +98,97 @@ def test_formats_are_named(tmp_path: Path, name: str, format: str):
     assert identify(path)[0] == format
 
 
+def chunk(kind: bytes, word: bytes) -> tuple[bytes, bytes]:
+    """A text chunk of one of the three kinds; "iTXt+" is the packed one."""
+    text = base64.b64encode(word)
+    packed = zlib.compress(text)
+    before = {b"tEXt": text, b"zTXt": b"\0" + packed, b"iTXt": b"\0\0en\0a name\0" + text}
+    return kind[:4], b"sd-ti-embedding\0" + {**before, b"iTXt+": b"\1\0\0\0" + packed}[kind]
+
+
+def read_bytes(folder: Path, data: bytes) -> EmbeddingFile:
+    (folder / "x").write_bytes(data)
+    return read_embeddings(folder / "x")
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iTXt+"])
+def test_pictures_that_were_saved_again_keep_their_text(tmp_path: Path, kind: bytes):
+    array = vectors(1, 2, 768, "float32")
+    found = read_bytes(tmp_path, B.png([chunk(kind, B.a1111_json("my-cat", array, 5))]))
+    assert torch.equal(found.vectors["my-cat"], torch.from_numpy(array))
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt+"])
+@pytest.mark.parametrize(
+    "text", [b"", b"\x78", b"x" * 100, zlib.compress(b"A" * 5000)[:-9], zlib.compress(b"A" * 5000)]
+)
+def test_packed_texts_are_bounded_and_checked(
+    tmp_path: Path, kind: bytes, text: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("ldm.modules.embedding_io_png.MAX_JSON_BYTES", 4000)
+    name, body = chunk(kind, b"")
+    cut = len(body) - len(zlib.compress(b""))
+    with pytest.raises(EmbeddingFileError, match=r"cannot be decoded|cut off or far too large"):
+        read_bytes(tmp_path, B.png([(name, body[:cut] + text)]))
+
+
+def saved_as(data: bytes, format: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.save(out, format=format, **options)
+    return out.getvalue()
+
+
+def test_words_in_the_pixels_of_webp(tmp_path: Path):
+    array = vectors(1, 2, 768, "float32")
+    picture = B.pixel_picture(B.a1111_json("my-cat", array, 5))
+    found = read_bytes(tmp_path, saved_as(picture, "WEBP", lossless=True))
+    assert torch.equal(found.vectors["my-cat"], torch.from_numpy(array))
+    assert identify(tmp_path / "x")[0] == "a1111-png"
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [("WEBP", "saved again with loss"), ("AVIF", "saved again with loss|update it"),
+     ("JPEG", "no learned word survives; ask for the original"), ("GIF", "no learned word survives")],
+)  # fmt: skip
+def test_pictures_that_lost_their_word_say_what_to_do(tmp_path: Path, format: str, message: str):
+    if format == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow writes no AVIF")
+    picture = B.pixel_picture(B.a1111_json("my-cat", vectors(1, 2, 768, "float32"), 5))
+    with pytest.raises(EmbeddingFileError, match=message):
+        read_bytes(tmp_path, saved_as(picture, format))
+
+
+def test_other_pictures_are_named(tmp_path: Path):
+    for start in (b"\xff\x0a" + b"\0" * 20, b"\0\0\0\x0cJXL \r\n\x87\n" + b"\0" * 20):
+        with pytest.raises(EmbeddingFileError, match="JPEG XL picture.*save it as PNG"):
+            read_bytes(tmp_path, start)
+    header = b'{"<cat>": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]}}'
+    header += b" " * (0x0AFF - len(header))  # begins as such a picture does, and is none
+    assert list(read_bytes(tmp_path, struct.pack("<Q", len(header)) + header + bytes(8)).vectors) == ["<cat>"]
+
+
+def test_pictures_are_opened_as_one_kind_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What the first bytes promise is the only kind that Pillow may take the file for."""
+    asked = []
+    monkeypatch.setattr(Image, "open", lambda *_, formats: asked.append(formats) or (_ for _ in ()).throw(KeyError()))
+    for data in (B.png([]), b"RIFF    WEBPVP8L", b"    ftypavif" + b"\0" * 20):
+        with pytest.raises(EmbeddingFileError, match="does not read; update it"):
+            read_bytes(tmp_path, data)
+    assert asked == [["PNG"], ["WEBP"], ["AVIF"]]
+
+
 # --- hostile files --------------------------------------------------------------------------------------------------
 
 SAMPLES = {name: make() for name, make in B.makers("my-cat", vectors(2, 2, 768, "float32")).items()}
+SAMPLES |= {
+    f"web UI, {kind.decode()}/x.png": B.png([chunk(kind, B.a1111_json("my-cat", vectors(2, 2, 768, "float32"), 5))])
+    for kind in (b"zTXt", b"iTXt", b"iTXt+")
+}
+SAMPLES["web UI/x.webp"] = saved_as(SAMPLES["web UI, pixels/x.png"], "WEBP", lossless=True)
+if features.check("avif"):
+    SAMPLES["web UI/x.avif"] = saved_as(SAMPLES["web UI, pixels/x.png"], "AVIF")
 
 
 def read_or_refuse(path: Path) -> EmbeddingFile:

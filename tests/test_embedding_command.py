@@ -140,6 +140,41 @@ def test_convert_makes_one_file_for_each_word(files: Path):
     assert torch.equal(read_embeddings(files / "b.png").vectors["<b c>"], -SD)
 
 
+def test_words_that_diffusers_refuses_are_told(files: Path, caplog: pytest.LogCaptureFixture):
+    """It takes no word that CLIP's vocabulary has under just that name: "statue" is there at the end of words only."""
+    target = files / "x.safetensors"
+    run("convert", files / "cat.pt", target, "--format", "diffusers")
+    assert list(read_embeddings(target).vectors) == ["*"]
+    (message,) = caplog.messages
+    assert "x.safetensors: diffusers refuses the word '*'" in message
+    assert message.endswith('convert --rename "*=<x>"')
+    for word, told in (("cat", True), ("<|endoftext|>", True), ("<cat>", False), ("statue", False), ("Cat", False)):
+        caplog.clear()
+        run("convert", files / "cat.pt", target, "--format", "diffusers", "--rename", f"*={word}")
+        assert [f'"{word}=<{word}>"' in message for message in caplog.messages] == [True] * told
+    caplog.clear()
+    run("convert", files / "cat.pt", target)  # programs that go by the file's name
+    assert not caplog.messages
+
+
+def test_renamed_words_do_not_keep_the_token_id(files: Path):
+    for word, token_id in (("<cat>", {}), ("dog", {"dog": 1929})):
+        run("convert", files / "cat.pt", files / "x.pt", "--rename", f"*={word}")
+        assert read_embeddings(files / "x.pt").token_ids == token_id
+
+
+def test_a_picture_takes_the_files_name_for_a_word_without_letters(files: Path, capsys: pytest.CaptureFixture[str]):
+    run("convert", files / "cat.pt", files / "tabby.png")
+    assert "tabby.png: 'tabby'" in capsys.readouterr().out
+    assert list(read_embeddings(files / "tabby.png").vectors) == ["tabby"]
+    run("convert", files / "dog.pt", files / "x.png")
+    assert list(read_embeddings(files / "x.png").vectors) == ["<dog>"]
+    for _ in range(2):  # what is there already is written again
+        run("convert", files / "cat.pt", f"{files}/words/", "--format", "a1111-png")
+    (found,) = (files / "words").iterdir()
+    assert (found.name, list(read_embeddings(found).vectors)) == ("cat.png", ["cat"])
+
+
 def test_inspect_writes_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     metadata = {"\x1b[31mkey": "v\nsecond line = fake", "note": "\x9b2J\u202ecafé", "placeholder": "\x1b]0;word\x07"}
     save_file({"emb_params": SD[:1]}, tmp_path / "a\x1b.safetensors", metadata=metadata)

@@ -175,6 +175,37 @@ def test_safetensors_layouts(tmp_path):
         assert torch.equal(load_file(tmp_path / "x.safetensors")[key], SD)
 
 
+@pytest.mark.parametrize("name", ["kohya", "onetrainer", "diffusers"])
+def test_safetensors_keep_where_a_word_started(tmp_path, name):
+    words = EmbeddingFile({"<cat>": SD}, init_words={"<cat>": "tabby cat"}, info={"step": 9, "base": "sd"})
+    write_embeddings(words, tmp_path / "x.safetensors", name)
+    back = read_embeddings(tmp_path / "x.safetensors")
+    assert (back.init_words, back.info) == (words.init_words, words.info)
+
+
+@pytest.mark.parametrize(("step", "found"), [("500", 500), ("1e3", "1e3"), ("²", "²"), ("9" * 5000, "9" * 5000)])
+def test_steps_are_numbers_where_they_can_be(tmp_path, step, found):
+    save_file({"emb_params": SD.clone()}, tmp_path / "x.safetensors", {"step": step, "init_word": " "})
+    words = read_embeddings(tmp_path / "x.safetensors")
+    assert (words.info, words.init_words) == ({"step": found}, {})
+
+
+def test_words_with_numbers_and_texts_beside_them(tmp_path):
+    torch.save({"<cat>": SD, "step": 500, "base": "sd"}, tmp_path / "x.bin")
+    words = read_embeddings(tmp_path / "x.bin")
+    assert same(words, EmbeddingFile({"<cat>": SD}))
+    assert words.info == {"step": 500, "base": "sd"}
+
+
+def test_files_without_words_are_told_by_their_entries(tmp_path):
+    tree = {"<cat>": SD, "optimizer": {"lr": 1}, "a\n" * 400: 1, 7: 2, **{f"k{n}": n for n in range(9)}}
+    torch.save(tree, tmp_path / "x.bin")
+    with pytest.raises(EmbeddingFileError, match=r"its entries are '<cat>', 'optimizer', .* and 4 more") as caught:
+        read_embeddings(tmp_path / "x.bin")
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+
+
 def a1111_json(vectors: torch.Tensor) -> bytes:
     tree = {
         "string_to_token": {"*": 265},
@@ -261,6 +292,15 @@ def test_concepts_library_folder(tmp_path):
     assert list(read_embeddings(tmp_path).vectors) == ["<cat>"]
     save_file({"<dog>": SD}, tmp_path / "learned_embeds.safetensors")
     assert list(read_embeddings(tmp_path).vectors) == ["<dog>"]
+
+
+def test_folders_without_the_known_names(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no other file of that kind"):
+        read_embeddings(tmp_path)
+    for name in ("learned_embeds-steps-500.bin", "README.md", "x.SAFETENSORS"):
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=r"files there: 'learned_embeds-steps-500.bin', 'x.SAFETENSORS'$"):
+        read_embeddings(tmp_path)
 
 
 def test_png_text_chunk_wins_and_comes_anywhere(tmp_path):
@@ -477,3 +517,9 @@ def test_renamed_refuses_what_cannot_be():
     with pytest.raises(EmbeddingFileError, match="same name"):
         words.renamed({"*": "@"})
     assert list(words.renamed({"*": "@", "@": "*"}).vectors) == ["@", "*"]
+
+
+def test_a_new_name_has_no_token_id():
+    words = EmbeddingFile({"*": SD, "@": SD}, {"*": 265, "@": 287}, init_words={"*": "cat"})
+    renamed = words.renamed({"*": "<cat>", "@": "@"})
+    assert (renamed.token_ids, renamed.init_words) == ({"@": 287}, {"<cat>": "cat"})

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm import generate as G
-from ldm.generate_words import load_words, parse_renames, prompts_without_words
+from ldm.generate_command import check_words
+from ldm.generate_words import load_files, load_words, parse_renames, prompts_without_words
 from ldm.modules.embedding_io import EmbeddingFile, write_embeddings
 from tests.conftest import END_TO_END
 from tests.tiny_models import text_config, text_model
@@ -270,8 +271,58 @@ def test_bad_words_are_named(tmp_path):
         parse_renames(["<x>"])
 
 
+@pytest.mark.parametrize(
+    ("word", "pair"),
+    [
+        ("*=<cat>", ("*", "<cat>")),
+        ("*=<a=b>", ("*", "<a=b>")),
+        ("<a=b>=<c=d>", ("<a=b>", "<c=d>")),
+        ("<a==", ("<a", "=")),
+        ("==x", ("=", "x")),
+        ("a=b=c", ("a", "b=c")),
+    ],
+)
+def test_renames_are_parted_at_the_first_sign_that_works(word, pair):
+    assert parse_renames([word]) == [pair]
+
+
+@pytest.mark.parametrize("word", ["", "=", "a=", "=b", " = b", "=="])
+def test_renames_without_two_words_are_refused(word):
+    with pytest.raises(ValueError, match="OLD=NEW"):
+        parse_renames([word])
+
+
 def test_prompts_that_lack_the_words():
     assert prompts_without_words(["a *", "a cat", "<x> here"], ["*", "<x>"]) == ["a cat"]
+
+
+def test_words_are_known_by_file(tmp_path):
+    files = [word_file(tmp_path / "a.pt"), word_file(tmp_path / "b.pt", ["*", "<dog>"], seed=1)]
+    assert load_files(text_model(), files) == [["*"], ["*2", "<dog>"]]
+
+
+CAT, DOG = ("cat.pt", ["<cat>"]), ("dog.pt", ["<dog>", "<pup>"])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "negative", "files", "warnings"),
+    [
+        (["a <cat>"], "", [CAT], []),
+        (["a cat"], "<cat>, blurred", [CAT], []),  # a word to keep away from
+        (["a cat", "a dog"], "<cat>", [CAT], []),
+        (["a <dog>"], "<cat>", [CAT, DOG], []),
+        (["a <cat>", "a <pup>"], "", [CAT, DOG], []),
+        (["a <cat>"], "a pup", [CAT, DOG], ["dog.pt: none of its words occurs"]),
+        (["a <cat>", "a cat"], "", [CAT], ["no learned word occurs in 'a cat'"]),
+        (["a cat"], "dark", [CAT], ["cat.pt: none of its words occurs"]),
+        (["a cat"], "dark", [CAT, DOG], ["cat.pt: none of its words occurs", "dog.pt: none of its words occurs"]),
+        (["a cat"], "", [], []),
+    ],
+)
+def test_words_that_nothing_makes_use_of_are_named(prompts, negative, files, warnings, caplog):
+    check_words(prompts, [word for _, words in files for word in words], negative, files)
+    assert len(caplog.messages) == len(warnings)
+    assert all(message.startswith(start) for message, start in zip(caplog.messages, warnings, strict=True))
 
 
 def test_reference_model_is_what_the_config_says():

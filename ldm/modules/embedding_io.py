@@ -14,6 +14,7 @@ import mmap
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ldm.checkpoint_formats import CheckpointError, read_index
 from ldm.checkpoint_pickle import BrokenPickleError, UnsafePickleError
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 PICKLE_SUFFIXES = (".pt", ".bin", ".pth", ".ckpt")
 NOT_CLIP = (384, 1280)  # widths of encoders whose vectors mean nothing to programs for Stable Diffusion
+MAX_KEY = 60  # characters of an entry's name in messages
 FOLDER_FILES = ("learned_embeds.safetensors", "learned_embeds.bin")  # of the concepts library, best first
 
 
@@ -108,9 +110,9 @@ def file_of_words(path: str | Path) -> Path:
 
 def identify(path: str | Path) -> tuple[str, EmbeddingFile]:
     """As `read_embeddings`, with the name of the file's format before the words."""
-    path = file_of_words(path)
+    folder, path = Path(path), file_of_words(path)
     if not path.exists():
-        raise FileNotFoundError(f"no embedding file at {path}")
+        raise FileNotFoundError(_no_known_file(folder) if folder.is_dir() else f"no embedding file at {path}")
     try:
         return _read(path)
     except EmbeddingFileError as error:
@@ -123,12 +125,21 @@ def identify(path: str | Path) -> tuple[str, EmbeddingFile]:
         raise EmbeddingFileError(f"{path} is damaged: {error}") from error
 
 
+def _no_known_file(folder: Path) -> str:
+    """Message that a folder has none of the files looked for, and which of its files may hold words."""
+    suffixes = {*PICKLE_SUFFIXES, *(suffix for row in FORMATS.values() for suffix in row.suffixes)}
+    found = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in suffixes)
+    remedy = f"name one of the files there: {some_words(found)}" if found else "it has no other file of that kind"
+    return f"no embedding file {' or '.join(FOLDER_FILES)} in the folder {folder}; {remedy}"
+
+
 def _read(path: Path) -> tuple[str, EmbeddingFile]:
     if path.stat().st_size > MAX_FILE_BYTES:
         return "bundle", _read_large(path)
     data = path.read_bytes()
-    if data.startswith(png.SIGNATURE):
-        contents = Contents(path, png.read_png(data))
+    picture = png.picture_kind(data)
+    if picture:
+        contents = Contents(path, png.read_picture(data, picture))
     else:
         tree, starts = read_index(io.BufferedReader(io.BytesIO(data)), len(data))
         contents = Contents(path, tree, data, starts, _metadata(data))
@@ -139,8 +150,16 @@ def _read(path: Path) -> tuple[str, EmbeddingFile]:
         _check(words)
         if known.clip and words.width == 1280 and known.read is not formats.read_a1111:
             raise EmbeddingFileError("its vectors are for SDXL's second text encoder, which no model here has")
-        return "a1111-png" if data.startswith(png.SIGNATURE) else name, words
-    raise EmbeddingFileError(f"it holds no learned words in a known format ({', '.join(FORMATS)})")
+        return "a1111-png" if picture else name, words
+    raise EmbeddingFileError(
+        f"it holds no learned words in a known format ({', '.join(FORMATS)}){_keys(contents.tree)}"
+    )
+
+
+def _keys(tree: Any) -> str:
+    """The first entries of a file, shortened, for messages."""
+    names = [key[:MAX_KEY] for key in tree if isinstance(key, str)] if isinstance(tree, dict) else []
+    return f"; its entries are {some_words(names)}" if names else ""
 
 
 def _read_large(path: Path) -> EmbeddingFile:
@@ -234,8 +253,7 @@ def merge(
             raise EmbeddingFileError(f"files of different models cannot be merged: {'; '.join(kinds)}")
         renames = _free_names(name, words, merged.vectors)
         words = words.renamed(renames)
-        for new in renames.values():  # it is no longer the vocabulary entry that it was
-            words.token_ids.pop(new, None)
+        for new in renames.values():
             found = token_id(new) if token_id is not None else None
             words.token_ids.update({} if found is None else {new: found})
         for field in ("vectors", "token_ids", "active", "init_words"):

@@ -55,7 +55,10 @@ class EmbeddingFile:
         return next(iter(self.vectors.values())).shape[1]
 
     def renamed(self, names: Mapping[str, str]) -> EmbeddingFile:
-        """The same words with `names` {old: new} applied; raises `EmbeddingFileError` for unknown or doubled names."""
+        """The same words with `names` {old: new} applied; a new name has no token id, the old one's is not its own.
+
+        Raises `EmbeddingFileError` for unknown or doubled names.
+        """
         unknown = [old for old in names if old not in self.vectors]
         if unknown:
             raise EmbeddingFileError(f"cannot rename {unknown[0]!r}: the file's words are {some_words(self.vectors)}")
@@ -64,9 +67,10 @@ class EmbeddingFile:
             raise EmbeddingFileError(f"two words would have the same name: {some_words(new)}")
         parts = {
             field: {names.get(k, k): v for k, v in getattr(self, field).items()}
-            for field in ("vectors", "token_ids", "active", "init_words")
+            for field in ("vectors", "active", "init_words")
         }
-        return EmbeddingFile(**parts, info=dict(self.info))
+        token_ids = {k: v for k, v in self.token_ids.items() if names.get(k, k) == k}
+        return EmbeddingFile(**parts, token_ids=token_ids, info=dict(self.info))
 
 
 class Contents:

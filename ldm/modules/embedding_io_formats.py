@@ -29,6 +29,8 @@ XTI_KEYS = {"IN01", "MID", "OUT11"}
 KOHYA_KEY, ONETRAINER_KEY = "emb_params", "emp_params"
 BUNDLED = re.compile(r"bundle_emb\.(.+)\.(?:clip_l|clip_h|emb_params|emp_params|string_to_param\.\*)", re.DOTALL)
 WORD_METADATA = ("placeholder", "token", "name")
+INIT_WORD = "init_word"  # in the metadata, as `_metadata` writes it
+MAX_STEP_DIGITS = 18
 
 
 def _parameters(value: Any) -> dict[Any, Any]:
@@ -131,7 +133,7 @@ def read_sdxl(contents: Contents) -> EmbeddingFile | None:
     for first, second in SDXL_KEYS.items():
         if first in flat and second in flat:
             logger.warning("%s is for SDXL: taking the vectors of its first text encoder", contents.path)
-            return EmbeddingFile({_word(contents): contents.vectors(flat[first])}, info=_info(contents))
+            return _one_word(contents, contents.vectors(flat[first]))
         if second in flat and first not in flat:
             raise EmbeddingFileError("it only has vectors for SDXL's second text encoder, which no model here has")
     return None
@@ -159,7 +161,7 @@ def _read_single(contents: Contents, alone: TensorMeta | None, key: str) -> Embe
     value = alone or _flat(contents).get(key)
     if value is None:
         return None
-    return EmbeddingFile({_word(contents): contents.vectors(value)}, info=_info(contents))
+    return _one_word(contents, contents.vectors(value))
 
 
 def write_kohya(words: EmbeddingFile, suffix: str) -> bytes:
@@ -184,22 +186,26 @@ def read_bundle(contents: Contents) -> EmbeddingFile | None:
 
 
 def read_diffusers(contents: Contents) -> EmbeddingFile | None:
-    """A plain {word: vectors}, as diffusers' `learned_embeds` files are."""
+    """A plain {word: vectors}, as diffusers' `learned_embeds` files are; numbers and texts may stand beside them."""
     flat = _flat(contents)
-    if not flat or len(flat) > MAX_WORDS or len(flat) != len(contents.tree):
+    if not flat or len(contents.tree) > MAX_WORDS:
+        return None
+    beside = {k: v for k, v in contents.tree.items() if k not in flat}
+    if not all(isinstance(k, str) and isinstance(v, (str, int, float)) for k, v in beside.items()):
         return None
     if set(flat) >= XTI_KEYS:
         raise EmbeddingFileError("it has a vector per layer (extended textual inversion), which no model here can use")
     if any(len(value.shape) > 2 for value in flat.values()) or len({value.shape[-1:] for value in flat.values()}) > 1:
         return None
-    return EmbeddingFile({word: contents.vectors(value) for word, value in flat.items()}, info=_info(contents))
+    vectors = {word: contents.vectors(value) for word, value in flat.items()}
+    return EmbeddingFile(vectors, init_words=_init_words(contents, vectors), info=beside | _info(contents))
 
 
 def write_diffusers(words: EmbeddingFile, suffix: str) -> bytes:
     """One word and its vectors, as a `.safetensors` or, under any other name, a `.bin` file."""
     word, vectors = _only(words)
     if suffix == ".safetensors":
-        return _safetensors({word: vectors}, {"format": "pt"})
+        return _safetensors({word: vectors}, _metadata(words, word))
     return archive_bytes({word: vectors})
 
 
@@ -228,9 +234,14 @@ def _write_single(words: EmbeddingFile, suffix: str, key: str) -> bytes:
     word, vectors = _only(words)
     if suffix != ".safetensors":
         return archive_bytes({key: vectors})
+    return _safetensors({key: vectors}, _metadata(words, word))
+
+
+def _metadata(words: EmbeddingFile, word: str) -> dict[str, str]:
+    """What a safetensors header says of `word`, for `_word`, `_init_words` and `_info` to read."""
     info = {k: str(v) for k, v in words.info.items()}
-    init = {"init_word": words.init_words[word]} if word in words.init_words else {}
-    return _safetensors({key: vectors}, {**info, **init, "placeholder": word, "format": "pt"})
+    init = {INIT_WORD: words.init_words[word]} if word in words.init_words else {}
+    return {**info, **init, "placeholder": word, "format": "pt"}
 
 
 def _only(words: EmbeddingFile) -> tuple[str, Tensor]:
@@ -254,5 +265,21 @@ def _word(contents: Contents) -> str:
     return next((name for name in names if name.strip()), contents.path.stem)
 
 
+def _one_word(contents: Contents, vectors: Tensor) -> EmbeddingFile:
+    word = _word(contents)
+    return EmbeddingFile({word: vectors}, init_words=_init_words(contents, [word]), info=_info(contents))
+
+
+def _init_words(contents: Contents, words: Iterable[str]) -> dict[str, str]:
+    """The initial word, which the metadata says of a file's only word."""
+    init, names = contents.metadata.get(INIT_WORD, ""), list(words)
+    return {names[0]: init} if init.strip() and len(names) == 1 else {}
+
+
 def _info(contents: Contents) -> dict[str, str | int | float]:
-    return {k: v for k, v in contents.metadata.items() if k not in (*WORD_METADATA, "format")}
+    """The rest of the metadata, which is all texts; the step is a number elsewhere."""
+    info: dict[str, str | int | float] = dict(contents.metadata)
+    step = contents.metadata.get("step", "")
+    if step.isascii() and step.isdigit() and len(step) <= MAX_STEP_DIGITS:
+        info["step"] = int(step)
+    return {k: v for k, v in info.items() if k not in (*WORD_METADATA, INIT_WORD, "format")}

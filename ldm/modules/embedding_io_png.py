@@ -1,4 +1,4 @@
-"""Pictures that carry a learned word, as the web UI shares them: JSON in a text chunk or hidden in the pixels."""
+"""Pictures that carry a learned word, as the web UI shares them: JSON in a PNG's text or hidden in the pixels."""
 
 from __future__ import annotations
 
@@ -25,13 +25,39 @@ MAX_JSON_BYTES = 64 << 20
 MAX_PIXELS = 16 << 20
 ZLIB_FIRST_BYTE = b"\x78"  # deflate with a window of 32 kB, at whatever level
 CARD = (512, 512)  # size of the picture that is written
+NO_WORD = "it is a picture without a learned word (one that was saved again with loss has lost it)"
+# Other pictures, by their first bytes, and why they are of no use.
+LOST = "in which no learned word survives; ask for the original PNG, or WebP without loss"
+OTHER_PICTURES = (
+    (b"\xff\xd8\xff", f"a JPEG picture, {LOST}"),
+    (b"GIF8", f"a GIF picture, {LOST}"),
+    (b"\xff\x0a", "a JPEG XL picture, which is not read here; save it as PNG, without loss"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL picture, which is not read here; save it as PNG, without loss"),
+)
 
 
-def read_png(data: bytes) -> dict[str, Any]:
-    """The entries of a learned word in a PNG file, vectors as tensors: from its text chunk, else from its pixels."""
-    text = _text(data)
+def picture_kind(data: bytes) -> str | None:
+    """Pillow's name for the kind of a picture that can carry a word; None for other files.
+
+    Raises `EmbeddingFileError` for pictures of the kinds that cannot.
+    """
+    if data.startswith(SIGNATURE):
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[4:8] == b"ftyp" and b"avif" in data[8:32]:
+        return "AVIF"
+    for start, about in OTHER_PICTURES:
+        if data.startswith(start) and data[8:9] != b"{":  # safetensors may begin with any length, but have that there
+            raise EmbeddingFileError(f"it is {about}")
+    return None
+
+
+def read_picture(data: bytes, kind: str) -> dict[str, Any]:
+    """The entries of a learned word in a picture, vectors as tensors: from a PNG's text, else from the pixels."""
+    text = _text(data) if kind == "PNG" else None
     try:
-        raw = base64.b64decode(text[len(KEYWORD) + 1 :], validate=True) if text is not None else _hidden(data)
+        raw = base64.b64decode(_unpacked(*text), validate=True) if text is not None else _hidden(data, kind)
         tree = json.loads(raw)
     except EmbeddingFileError:
         raise
@@ -44,7 +70,7 @@ def read_png(data: bytes) -> dict[str, Any]:
 
 
 def carries_word(data: bytes) -> bool:
-    """Whether a PNG file has a learned word in its text chunk."""
+    """Whether a PNG file has a learned word in its text."""
     return _text(data) is not None
 
 
@@ -70,8 +96,27 @@ def _tensor(value: Any) -> Tensor:
         raise EmbeddingFileError("it is a picture whose learned word is no table of numbers") from error
 
 
-def _text(data: bytes) -> bytes | None:
-    return next((body for kind, body in _chunks(data) if kind == b"tEXt" and body.startswith(KEYWORD + b"\0")), None)
+def _text(data: bytes) -> tuple[bytes, bytes] | None:
+    """Kind and contents of the chunk with the word's text, which programs that save a picture again may compress."""
+    texts = ((k, b) for k, b in _chunks(data) if k in (b"tEXt", b"zTXt", b"iTXt") and b.startswith(KEYWORD + b"\0"))
+    return next(((kind, body[len(KEYWORD) + 1 :]) for kind, body in texts), None)
+
+
+def _unpacked(kind: bytes, body: bytes) -> bytes:
+    """The text of a chunk, without what stands before it: a method (zTXt), or flag, method and two names (iTXt)."""
+    if kind == b"tEXt":
+        return body
+    packed = kind == b"zTXt" or body[:1] == b"\1"
+    body = body[1:] if kind == b"zTXt" else body[2:].partition(b"\0")[2].partition(b"\0")[2]
+    return _inflated(body) if packed else body
+
+
+def _inflated(packed: bytes) -> bytes:
+    decompressor = zlib.decompressobj()
+    raw = decompressor.decompress(packed, MAX_JSON_BYTES)
+    if not decompressor.eof:
+        raise EmbeddingFileError("it is a picture whose learned word is cut off or far too large")
+    return raw
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -82,32 +127,34 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         position += 12 + length
 
 
-def _hidden(data: bytes) -> bytes:
+def _hidden(data: bytes, kind: str) -> bytes:
     """JSON from the pixels: low and high halves of its compressed bytes stand left and right of the picture."""
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=[kind]) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise EmbeddingFileError(
                     f"it is a picture of {picture.width} x {picture.height}, larger than any shared"
                 )
             pixels = np.asarray(picture.convert("RGB"))  # (H, W, 3)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except EmbeddingFileError:
+        raise
+    except (OSError, SyntaxError, ValueError, RuntimeError, EOFError, Image.DecompressionBombError) as error:
         raise EmbeddingFileError("it is a damaged picture") from error
+    except KeyError as error:
+        raise EmbeddingFileError(
+            f"it is a picture of kind {kind}, which this Pillow does not read; update it"
+        ) from error
     nibbles = _without_border(pixels) & 0x0F
     black = np.flatnonzero(nibbles.sum((0, 2)) == 0) if nibbles.size else np.array([])
     if len(black) < 2:
-        raise EmbeddingFileError("it is a picture without a learned word")
+        raise EmbeddingFileError(NO_WORD)
     low, high = (_unscramble(part) for part in (nibbles[:, : black.min()], nibbles[:, black.max() + 1 :]))
     packed = (high << 4 | low).tobytes() if low.shape == high.shape else b""
     if not packed.startswith(ZLIB_FIRST_BYTE):
-        raise EmbeddingFileError("it is a picture without a learned word")
-    decompressor = zlib.decompressobj()
-    raw = decompressor.decompress(packed, MAX_JSON_BYTES)
-    if not decompressor.eof:
-        raise EmbeddingFileError("it is a picture whose learned word is cut off or far too large")
-    return raw
+        raise EmbeddingFileError(NO_WORD)
+    return _inflated(packed)
 
 
 def _without_border(pixels: np.ndarray) -> np.ndarray:

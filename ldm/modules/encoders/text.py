@@ -17,6 +17,13 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
+# Letters of scripts that put no spaces between words: Thai, Lao, Myanmar, Khmer, Hiragana and Katakana, Han.
+UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff"
+    r"\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9f\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+SPACED = rf"[^\W{UNSPACED}]"  # a letter, digit or underscore that may be a part of a longer word
+
 
 class Tokenizer(Protocol):
     """A fixed vocabulary and the way from text to its ids, without start, end and padding tokens."""
@@ -77,8 +84,8 @@ def _placeholder_pattern(placeholders: tuple[str, ...]) -> tuple[re.Pattern[str]
         if not words:
             raise ValueError(f"{placeholder!r} cannot be a placeholder: it has no visible character")
         body = r"\s+".join(re.escape(word) for word in words)
-        before = r"(?<!\w)" if re.match(r"\w", words[0]) else ""
-        after = r"(?!\w)" if re.search(r"\w$", words[-1]) else ""
+        before = rf"(?<!{SPACED})" if re.match(SPACED, words[0]) else ""
+        after = rf"(?!{SPACED})" if re.search(rf"{SPACED}$", words[-1]) else ""
         for any_case, flags in enumerate(("", "i")):
             alternatives.append((-len(placeholder), any_case, placeholder, f"((?{flags}:{before}{body}{after}))"))
     alternatives.sort(key=lambda a: a[:2])
@@ -88,8 +95,9 @@ def _placeholder_pattern(placeholders: tuple[str, ...]) -> tuple[re.Pattern[str]
 def split_at_placeholders(text: str, placeholders: Iterable[str]) -> list[Piece]:
     """Cut `text` at every placeholder it contains.
 
-    The longest placeholder wins; one that begins or ends with a letter, digit or underscore matches whole words only;
-    case is ignored (tokenizers lower-case anyway) unless an exactly written one fits.
+    The longest placeholder wins; one that begins or ends with a letter, digit or underscore matches whole words only,
+    as far as its script and its neighbour's put spaces between words (Chinese, Japanese, Thai and others do not); case
+    is ignored (tokenizers lower-case anyway) unless an exactly written one fits.
     """
     names = tuple(placeholders)
     if not names:
