@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ldm.cli import run_command
+from ldm.cli import FALSE_WORDS, TRUE_WORDS, run_command
 
 YAML_TARGETS = {
     "DataModuleFromConfig": "ldm.data.datamodule",
@@ -44,8 +44,6 @@ examples:
 
 An override names an existing value or a parameter of the class that its section builds; +a.b.c=value adds any other.
 """
-
-TRUE_WORDS, FALSE_WORDS = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 def boolean(word: str) -> bool:
@@ -123,7 +121,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("-l", "--logdir", default="logs", help="where run directories are made (default: logs)")
     add("-p", "--project", default="", help="folder inside --logdir that groups runs")
     add("-s", "--seed", type=int, help="seed of weights, data order and noise (default: 23)")
-    add("-d", "--debug", action="store_true", help="show the whole traceback of an error")
+    add("-d", "--debug", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
+        help="show the whole traceback of an error")  # fmt: skip
     add("--scale_lr", type=boolean, nargs="?", const=True, metavar="BOOL",
         help="learning rate = accumulation x devices x batch size x base_learning_rate (default: true)")  # fmt: skip
     add("--datadir_in_name", type=boolean, nargs="?", const=True, default=True, metavar="BOOL",

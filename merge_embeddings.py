@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli import add_debug_flag, run_command, shown
@@ -37,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--manager_ckpts", nargs="+", required=True, metavar="FILE", help="embedding files of one and the same model")
-    add("--output_path", required=True, metavar="FILE", help="file to write, in the layout of embeddings.pt")
+    add("--output_path", required=True, metavar="FILE",
+        help="file to write, in the layout of embeddings.pt: .pt, .bin, .pth or .ckpt")  # fmt: skip
     add("--rename", action="extend", nargs="+", default=[], metavar="OLD=NEW",
         help="new name of a word; words that still share a name get a number")  # fmt: skip
     add("-sd", "--stable_diffusion", action="store_true",
@@ -85,11 +87,14 @@ def vocabulary(width: int) -> Callable[[str], int | None]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`."""
     args = build_parser().parse_args(argv)
-    if not args.output_path.endswith(".pt"):
-        raise ValueError(f"--output_path {args.output_path}: several words go into a .pt file; give it that ending")
     from ldm.generate_words import parse_renames
-    from ldm.modules.embedding_io import WIDTHS, merge, read_embeddings, write_embeddings
+    from ldm.modules.embedding_io import PICKLE_SUFFIXES, WIDTHS, merge, read_embeddings, write_embeddings
 
+    if Path(args.output_path).suffix.lower() not in PICKLE_SUFFIXES:
+        raise ValueError(
+            f"--output_path {args.output_path}: several words go into a file that ends in "
+            f"{', '.join(PICKLE_SUFFIXES)}; give it such an ending"
+        )
     files = [(path, read_embeddings(path)) for path in args.manager_ckpts]
     width = files[0][1].width
     if args.stable_diffusion and width not in (768, 1024):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 USER_ERRORS = (ValueError, TypeError, OSError)
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")  # by name: torch's own is not worth importing torch for
-DEBUG_FLAGS = {"--debug", "-d"}
+DEBUG_FLAGS = ("--debug", "-d")
+TRUE_WORDS, FALSE_WORDS = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 BAD_INPUT, INTERRUPTED = 2, 130
 MOST_FILES = 8  # that are named on the screen
 
@@ -19,6 +20,16 @@ MOST_FILES = 8  # that are named on the screen
 def add_debug_flag(parser: argparse.ArgumentParser) -> None:
     """Add `--debug`, which `run_command` looks for."""
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+
+
+def asks_for_debug(argv: Sequence[str]) -> bool:
+    """Whether `--debug` or `-d` is among the arguments; main.py also takes `-d false`, the last one counts."""
+    answer = False
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag in DEBUG_FLAGS:
+            answer = (value if equals else following).lower() not in FALSE_WORDS
+    return answer
 
 
 def add_model_flags(parser: argparse.ArgumentParser, weights: str = "the model that comes along") -> None:
@@ -53,7 +64,7 @@ def run_command(main: Callable[[Sequence[str]], object], argv: Sequence[str] | N
 
     Bad input is what raises ValueError (a ConfigError is one), TypeError or OSError (a missing file, a full disk), and
     what asks for more memory than there is. Anything else is a bug and keeps its traceback, as does everything when
-    `--debug` or `-d` is among the arguments.
+    the arguments ask for it with `--debug` or `-d`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     handler = logging.StreamHandler(sys.stderr)
@@ -62,11 +73,11 @@ def run_command(main: Callable[[Sequence[str]], object], argv: Sequence[str] | N
     try:
         main(argv)
     except KeyboardInterrupt:
-        if DEBUG_FLAGS.intersection(argv):
+        if asks_for_debug(argv):
             raise
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if DEBUG_FLAGS.intersection(argv) or not (isinstance(error, USER_ERRORS) or lacks_memory(error)):
+        if asks_for_debug(argv) or not (isinstance(error, USER_ERRORS) or lacks_memory(error)):
             raise
         print(f"error: {shown(describe(error))}", file=sys.stderr)
         sys.exit(BAD_INPUT)

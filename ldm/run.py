@@ -19,7 +19,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.run_flags import apply_flags, parameters_of
+from ldm.run_flags import apply_flags, own_name, parameters_of
 from ldm.util import ConfigError, did_you_mean, read_yaml
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def saved_configs(run_dir: Path) -> list[Path]:
 def new_run_dir(args: Namespace, started: str) -> Path:
     """`<logdir>/<data dir name><time>_<name or config><postfix>`, with a number when that is taken."""
     name = args.name or Path(args.base[0]).stem
-    data = Path(args.data_root[0]).resolve().name if args.data_root and args.datadir_in_name else ""
+    data = own_name(args.data_root[0]) if args.data_root and args.datadir_in_name else ""
     parent = Path(args.logdir) / args.project
     base = f"{data}{started}_{name}{args.postfix}"
     run_dir = parent / base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,13 +120,21 @@ def _apply_word(config: DictConfig, words: Sequence[str], initial: Sequence[str]
                 "give --data_root once for each word"
             )
     if words:
-        OmegaConf.update(config, PLACEHOLDERS, [literal(word) for word in words], force_add=True)
+        _set_first_word(config, PLACEHOLDERS, words[0])
         _set_data_param(config, "placeholder_token", words[0])
     if initial:
-        OmegaConf.update(config, INIT_WORDS, [literal(word) for word in initial], force_add=True)
+        _set_first_word(config, INIT_WORDS, initial[0])
     if OmegaConf.select(config, MANAGER) is not None:
         known = OmegaConf.select(config, PLACEHOLDERS) or [DEFAULT_PLACEHOLDER]
         _set_data_param(config, "placeholder_token", known[0], overwrite=False)
+
+
+def _set_first_word(config: DictConfig, path: str, word: str) -> None:
+    """Put `word` first in a list of words, as published: words for further placeholders keep their places."""
+    if OmegaConf.select(config, path):
+        OmegaConf.update(config, f"{path}[0]", literal(word))
+    else:
+        OmegaConf.update(config, path, [literal(word)], force_add=True)
 
 
 def _check_words(config: DictConfig) -> None:
@@ -170,9 +179,14 @@ def concept_folders(parents: Sequence[str]) -> list[str]:
     return folders
 
 
+def own_name(folder: str) -> str:
+    """Name of a folder as given, also where that is `.` or a symbolic link to one of another name."""
+    return os.path.basename(os.path.abspath(folder))
+
+
 def placeholder_of(folder: str) -> str:
     """The word for a folder's concept: `imgs/Red Teapot` gives `<Red-Teapot>`."""
-    return f"<{'-'.join(Path(folder).resolve().name.strip('<>').split())}>"
+    return f"<{'-'.join(own_name(folder).strip('<>').split())}>"
 
 
 def _apply_concepts(config: DictConfig, roots: list[str], words: Sequence[str], initial: Sequence[str]) -> None:

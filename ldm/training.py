@@ -22,7 +22,7 @@ from pytorch_lightning.utilities.warnings import PossibleUserWarning
 from ldm import callbacks as cb
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.run import RunPlan, parameters_of
-from ldm.run_flags import literal
+from ldm.run_flags import MANAGER, literal
 from ldm.training_callbacks import build_callbacks
 from ldm.training_precision import use_half_weights
 from ldm.training_speed import speed_up
@@ -81,7 +81,9 @@ def reserve(plan: RunPlan) -> RunPlan:
 def _start_from_own_words(plan: RunPlan) -> None:
     """Where the file that a resumed run started from is gone, its newest words have the same shapes."""
     path = "model.params.embedding_manager_ckpt"
-    start, own = OmegaConf.select(plan.config, path), plan.checkpoint_dir / "embeddings.pt"
+    within = f"{MANAGER}.params.embedding_manager_ckpt"  # as published
+    start = OmegaConf.select(plan.config, path) or OmegaConf.select(plan.config, within)
+    own = plan.checkpoint_dir / "embeddings.pt"
     if plan.resume is not None and start and not Path(start).exists() and own.is_file():
         log.info("%s is gone: going on with the words of %s", start, own)
         OmegaConf.update(plan.config, path, literal(str(own)))

@@ -210,6 +210,16 @@ def instantiate_from_config(config: Any, *args: Any, **extra: Any) -> Any:
     return factory(*args, **params)
 
 
+def require_off(**options: Any) -> None:
+    """Raise `ConfigError` for an option of published configs that nothing here reads, unless it is off.
+
+    Off is null, false or an empty list.
+    """
+    for name, value in options.items():
+        if value:
+            raise ConfigError(f"{name}={value}: this published option is not supported, leave it out")
+
+
 def freeze(module: ModuleT) -> ModuleT:
     """Put `module` in eval mode for good and stop gradients to its parameters; returns the module.
 

@@ -47,7 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--against", choices=("diffusers",), help="do the same work in this package, if it is installed")
     add("--reference", action="store_true", help="run the README's main job too, as a loop without caches")
     add("--quick", action="store_true", help="tiny models: whether all works, no figures to compare")
-    add("--rounds", type=int, metavar="N", help="calls of each contestant (default: 5, quick: 2)")
+    add(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="calls of each contestant; whole pictures and processes are timed once (default: 5, quick: 2)",
+    )
     add("--steps", type=int, metavar="N", help="steps of a picture (default: 50, quick: 2)")
     add("--reference-steps", type=int, metavar="N", help="steps of the README's job (default: 125, quick: 2)")
     add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, on a busy machine")

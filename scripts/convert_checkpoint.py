@@ -28,15 +28,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="convert_checkpoint.py",
-        description="Convert Stable Diffusion weights between files (.ckpt, .safetensors) and diffusers folders. The"
-        " ending of TARGET decides: .ckpt, .safetensors, or else a folder.",
+        description="Convert Stable Diffusion weights between files (.ckpt, .safetensors) and diffusers folders, and"
+        " any model's from file to file. The ending of TARGET decides: .ckpt, .safetensors, or else a folder.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a checkpoint file or a diffusers folder")
-    add("target", metavar="TARGET", help="what to write")
+    add("target", metavar="TARGET", help="what to write; what is there already is refused")
     add("--weights", default="live", choices=("live", "ema", "both"),
         help="of a file that also has averaged weights: the last ones, the averages in their place, or both"
         " (a file only; default: live)")  # fmt: skip

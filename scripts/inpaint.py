@@ -48,7 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt_path", metavar="FILE|DIR", default=DEFAULT_FOLDER, help=f"weights (default: in {DEFAULT_FOLDER})")
     add("--config", metavar="YAML", help="the model's config (default: found beside the weights or from them)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")
-    add("--precision", default="full", choices=("full", "autocast", "half"), help="default: full")
+    add("--precision", default="full", choices=("full", "autocast", "half"),
+        help="full: float32; autocast: 16 bits where it is safe; half: 16-bit weights (default: full)")  # fmt: skip
     group = parser.add_argument_group("text", "for Stable Diffusion's inpainting models")
     group.add_argument("--prompt", help="what to fill in (default: 'a photo of' the first learned word)")
     group.add_argument("--negative_prompt", default="", metavar="TEXT", help="what shall not be there")
@@ -70,21 +71,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def find_pairs(folder: str | Path) -> list[tuple[Path, Path]]:
-    """All (picture, mask) in `folder`; raises when there is none, or a mask has no picture."""
+    """All (picture, mask) in `folder`; raises when there is none, or a mask has no picture.
+
+    Masks are known as in training: by their names, whatever suffixes and capitals.
+    """
     from ldm.data.image import IMAGE_SUFFIXES
+    from ldm.data.masks import MASK_SUFFIX, find_masks, has_mask_name, visible_files
 
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}")
-    files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES]
+    files = visible_files(folder)
+    masks = find_masks(files)
     pairs = []
-    for mask in files:
-        if not mask.stem.endswith("_mask"):
+    for mask in filter(has_mask_name, files):
+        if mask.suffix.lower() not in IMAGE_SUFFIXES:
             continue
-        stem = mask.stem.removesuffix("_mask")
-        picture = next((file for file in files if file.stem == stem), None)
+        alike = masks.get(mask, [])
+        picture = next((file for file in alike if file.suffix.lower() in IMAGE_SUFFIXES), None)
         if picture is None:
-            raise FileNotFoundError(f"{mask} has no picture beside it: expected {stem}.png")
+            found = f", not {alike[0].name}: convert that" if alike else ""
+            expected = f"{mask.stem[: -len(MASK_SUFFIX)]}.png"
+            raise FileNotFoundError(f"{mask} has no picture beside it: expected {expected}{found}")
         pairs.append((picture, mask))
     if not pairs:
         raise FileNotFoundError(f"no pair NAME.png and NAME_mask.png in {folder}")
@@ -124,7 +132,7 @@ def read_words(model: Any, args: argparse.Namespace) -> None:
         raise ValueError(f'{args.ckpt_path} fills by a text: say what, with --prompt "..."')
     args.embedding_sha256 = getattr(args, "embedding_sha256", [])
     args.prompt = f"a photo of {words[0]}" if args.prompt is None else args.prompt
-    check_words([args.prompt], words)
+    check_words([args.prompt], words, args.negative_prompt, args.words_of_files)
 
 
 def fill(model: Any, image: np.ndarray, mask: np.ndarray, args: argparse.Namespace) -> np.ndarray:

@@ -57,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=42, help="picture k is drawn with seed + k (default: 42)")
     add("--config", metavar="YAML", help="the model's config (default: found beside the weights or from them)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")
-    add("--precision", default="full", choices=("full", "autocast", "half"), help="default: full")
+    add("--precision", default="full", choices=("full", "autocast", "half"),
+        help="full: float32; autocast: 16 bits where it is safe; half: 16-bit weights (default: full)")  # fmt: skip
     add("--no_npz", action="store_true", help="write no .npz file")
     add_debug_flag(parser)
     return parser

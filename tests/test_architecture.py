@@ -55,6 +55,7 @@ DISTRIBUTIONS = {
     "open_clip": "open_clip_torch",
 }
 COMMANDS = ("main", "merge_embeddings", "scripts", "ldm.cli")  # these talk to the user
+ANY_KIND = ("ldm.modules.embedding_io_png",)  # opens pictures only after it saw a PNG's first bytes
 
 
 def sources() -> dict[str, Path]:
@@ -160,6 +161,14 @@ def test_library_fixes_no_device(name: str):
     chosen = [n for n in device_choices(TREES[name]) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     lines = [node.lineno for node in chosen if node.value.startswith("cuda")]
     assert not lines, f"{name} names a device in lines {lines}: take it from the tensors"
+
+
+@pytest.mark.parametrize("name", [n for n in SOURCES if n not in ANY_KIND])
+def test_pictures_are_opened_by_named_kinds(name: str):
+    """Among all kinds, Pillow would run PostScript programs, whatever the file's name."""
+    calls = [n for n in ast.walk(TREES[name]) if isinstance(n, ast.Call) and ast.unparse(n.func) == "Image.open"]
+    lines = [call.lineno for call in calls if "formats" not in {keyword.arg for keyword in call.keywords}]
+    assert not lines, f"{name} opens pictures in lines {lines} without `formats`: use ldm.data.image.open_image"
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -12,9 +12,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from ldm.data.image import ImageLoader, open_image, open_mask, parse_colour, to_array, to_rgb, to_uint8
+from ldm.data import image as image_module
+from ldm.data.image import (
+    IMAGE_SUFFIXES,
+    ImageLoader,
+    alpha_plane,
+    open_image,
+    open_mask,
+    parse_colour,
+    to_array,
+    to_rgb,
+    to_uint8,
+)
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -63,6 +74,23 @@ def test_alpha_without_an_opaque_pixel_marks_nothing() -> None:
     for opacity in (0, 128):
         data = saved(Image.new("RGBA", (2, 2), (200, 0, 0, opacity)))
         assert ImageLoader().load(data)[0, 0, 0] == level(200)
+
+
+@pytest.mark.parametrize("highest", [128, 254])
+def test_cut_outs_may_lack_an_opaque_pixel(highest: int) -> None:
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (200, 0, 0, highest))
+    assert ImageLoader().load(saved(image))[0, 0].tolist() == [1.0, 1.0, 1.0]
+    plane = alpha_plane(image)
+    assert plane is not None
+    assert np.asarray(plane).tolist() == [[0, highest]]
+
+
+def test_alpha_that_is_faint_or_never_gets_opaque_marks_nothing() -> None:
+    image = Image.new("RGBA", (256, 1), (200, 0, 0))
+    for levels in ([0, 127] * 128, [min(k, 250) for k in range(256)]):
+        image.putalpha(Image.fromarray(np.array([levels], np.uint8)))
+        assert alpha_plane(image) is None
 
 
 def test_masks_of_16_bits_are_scaled_and_transparency_is_black() -> None:
@@ -163,6 +191,53 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.heic").write_bytes(b"????")
     with pytest.raises(ValueError, match="convert it"):
         open_image(tmp_path / "a.heic")
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n0 0 9 9 rectfill showpage\n%%EOF\n"
+
+
+def test_programs_in_the_guise_of_pictures_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+
+    def run(*args: object, **_: object) -> object:
+        runs.append(args)
+        return Image.core.new("L", (9, 9))
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    path = tmp_path / "cat.jpg"
+    path.write_bytes(POSTSCRIPT)
+    for source in (path, POSTSCRIPT):
+        with pytest.raises(ValueError, match=r"is not an image that can be read \(convert it to JPEG or PNG\)$"):
+            open_image(source, name="cat.jpg")
+    assert runs == []
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [(".avif", "AVIF"), (".jp2", "JPEG2000"), (".tga", "TGA")])
+def test_rarer_kinds_are_pictures(suffix: str, kind: str) -> None:
+    assert suffix in IMAGE_SUFFIXES
+    try:
+        data = saved(Image.new("RGB", (8, 8), (200, 40, 90)), kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow cannot write {kind}")
+    assert np.allclose(np.asarray(to_rgb(open_image(data)))[4, 4], (200, 40, 90), atol=4)
+
+
+def test_a_pillow_that_lacks_a_kind_reads_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = saved(Image.new("RGB", (4, 4)), "TGA")
+    jpeg_2000 = saved(Image.new("RGB", (4, 4)), "JPEG2000")
+    monkeypatch.setattr(image_module, "_formats", image_module._formats.__wrapped__)
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    assert open_image(data).size == (4, 4)
+    monkeypatch.delattr(Image.core, "jpeg2k_decoder")
+    with pytest.raises(ValueError, match=r"^a\.jp2 needs another Pillow \(convert it to JPEG or PNG\): decoder jpeg2k"):
+        open_image(jpeg_2000, name="a.jp2")
+
+
+def test_colours_that_cannot_be_made_rgb_are_named() -> None:
+    data = saved(Image.new("LAB", (4, 4)), "TIFF")
+    for read in (open_mask, ImageLoader().load):
+        with pytest.raises(ValueError, match=r"^a_mask\.tif is in LAB colours.*convert it to RGB$"):
+            read(data, name="a_mask.tif")
 
 
 def _png_claiming(width: int, height: int) -> bytes:

@@ -221,6 +221,58 @@ def test_masks_from_alpha_and_file_follow_the_picture(tmp_path: Path) -> None:
         PersonalizedBase(tmp_path, size=8, masks="file")[1]
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["cat.png", "cat_mask.jpg"], ["cat.png"]),
+        (["cat.png", "cat_MASK.png"], ["cat.png"]),
+        (["Cat.jpg", "cat_mask.png"], ["Cat.jpg"]),
+        (["cat.tga", "cat_mask.png"], ["cat.tga"]),
+        (["cat.png", "cat_mask.psd", "cat_mask.tga"], ["cat.png"]),
+        (["cat.png", "Cat.png", "cat_mask.png"], ["cat.png"]),
+    ],
+)
+def test_masks_are_known_whatever_their_names(names: list[str], expected: list[str], tmp_path: Path) -> None:
+    white = Image.new("L", (8, 8))
+    white.paste(255, (0, 0, 8, 2))
+    for name in names:
+        (white if "mask" in name.lower() else Image.new("RGB", (8, 8))).save(tmp_path / name, "PNG")
+    dataset = PersonalizedBase(tmp_path, size=8, masks="file", interpolation="nearest", flip_p=0.0)
+    paths = {path.name: dataset[i]["loss_mask"].mean() for i, path in enumerate(dataset.image_paths)}
+    assert [name for name, share in paths.items() if share == 0.25] == expected
+    assert sorted(paths) == sorted(name for name in names if "mask" not in name.lower())
+
+
+def test_masks_of_unreadable_pictures_are_no_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cat.heic").write_bytes(b"????")
+    picture(tmp_path / "cat_mask.png", colour=255, mode="L")
+    with pytest.raises(ValueError, match=r"no picture that can be read, only cat\.heic \(.*convert it"):
+        find_images(tmp_path)
+    picture(tmp_path / "dog.png")
+    picture(tmp_path / "party_mask.png")  # no other file of that name: a picture of a mask
+    (tmp_path / "party.txt").write_text("a * at a party")
+    assert [path.name for path in find_images(tmp_path)] == ["dog.png", "party_mask.png"]
+    assert "cat.heic" in caplog.text
+    with pytest.raises(ValueError, match=r"masks=file, but no picture in .* has a mask.*dog_mask\.png"):
+        PersonalizedBase(tmp_path, masks="file")
+    assert PersonalizedBase(tmp_path, size=8, masks="auto")[0]["loss_mask"].min() == 1
+
+
+def test_cuts_that_leave_nothing_of_the_subject_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture(tmp_path / "a.png", (24, 8))
+    mask = Image.new("L", (24, 8))
+    mask.paste(255, (0, 0, 2, 8))  # at the left edge
+    mask.save(tmp_path / "a_mask.png")
+    with pytest.raises(ValueError, match=r"a\.png: crop=center at size=8 leaves nothing.*crop=pad"):
+        PersonalizedBase(tmp_path, size=8, masks="auto", crop="center")[0]
+    assert PersonalizedBase(tmp_path, size=8, masks="auto", crop="pad")[0]["loss_mask"].max() > 0
+    caplog.clear()
+    dataset = PersonalizedBase(tmp_path, size=8, masks="auto", crop="random", seed=0)
+    assert {dataset[i]["loss_mask"].max() > 0 for i in range(40)} == {False, True}
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "a.png: crop=random at size=8 leaves nothing" in message
+
+
 def test_contradicting_or_unknown_options(folder: Path) -> None:
     with pytest.raises(ValueError, match="contradicts"):
         PersonalizedBase(folder, center_crop=True, crop="pad")

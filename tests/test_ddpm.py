@@ -16,6 +16,7 @@ from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.ddpm import DiffusionWrapper, LatentDiffusion
 from ldm.models.diffusion.loss import min_snr_weights, per_sample_loss
 from ldm.models.diffusion.patches import PatchOptions, blend_patches, blending_weights
+from ldm.modules.embedding_io import read_embeddings
 from ldm.util import ConfigError, instantiate_from_config
 from tests.conftest import END_TO_END, assert_close
 
@@ -211,6 +212,36 @@ def test_tuning_the_model_along_has_its_own_rate():
     assert not any(p.requires_grad for p in model.first_stage_model.parameters())
 
 
+def test_words_are_learned_at_a_constant_rate(caplog):
+    params = {"warm_up_steps": [10], "cycle_lengths": [100], "f_start": [0.1], "f_max": [1.0], "f_min": [1.0]}
+    rates = {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": params}
+    model = tiny_model(scheduler_config=rates)
+    model.learning_rate = 0.02
+    for _ in range(2):
+        assert [g["lr"] for g in model.configure_optimizers().param_groups] == [0.02]
+    assert caplog.text.count("scheduler_config is not used") == 1
+    plain = tiny_model(scheduler_config=rates, personalization_config=None)
+    plain.learning_rate = 0.02
+    (optimizer,), (schedule_,) = plain.configure_optimizers()
+    assert schedule_["interval"] == "step"
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.002)
+
+
+def test_validation_has_the_pull_towards_the_initial_vectors(monkeypatch):
+    model = tiny_model(embedding_reg_weight=0.5).eval()
+    with torch.no_grad():
+        next(model.embedding_manager.embedding_parameters()).add_(0.1)
+    logged: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(model, "log_dict", lambda logs, **_: logged.update(logs))
+    batch = {"image": torch.rand(2, 32, 32, 3) * 2 - 1, "caption": ["a photo of *", "a painting of *"]}
+    model.validation_step(batch, 0)
+    pull = model.embedding_manager.embedding_to_coarse_loss()
+    assert pull > 0
+    assert_close(logged["val/loss_emb_reg"], pull.detach())
+    assert_close(logged["val/loss_simple_ema"], logged["val/loss_simple"])
+    assert_close(logged["val/loss"], logged["val/loss_simple"] + 0.5 * pull.detach())
+
+
 def test_plain_training_needs_no_embedding_manager():
     model = tiny_model(personalization_config=None, ckpt_path=None, learn_logvar=True, conditioning_dropout=0.5)
     model.learning_rate = 1e-4
@@ -289,11 +320,39 @@ def test_timestep_shift_draws_noisier_steps_in_training_only():
         tiny_model(timestep_shift=0)
 
 
+def test_published_options_may_be_off():
+    off = {"use_positional_encodings": False, "ucg_training": None, "make_it_fit": False, "reset_ema": False,
+           "reset_num_ema_updates": False, "cond_stage_forward": None, "num_timesteps_cond": 1}  # fmt: skip
+    tiny_model(**off)
+    for name in off:
+        with pytest.raises(ConfigError, match=f"{name}=other"):
+            LatentDiffusion(**{**tiny_config()["params"], name: "other"})
+
+
+def test_words_to_start_from_may_be_named_where_published():
+    params = tiny_config()["params"]["personalization_config"]
+
+    def start(inner, **outer):
+        config = {**params, "params": {**params["params"], "embedding_manager_ckpt": inner}}
+        return tiny_model(personalization_config=config, **outer).embedding_manager.string_to_param_dict["*"]
+
+    learned = str(END_TO_END / "embeddings_1vec.pt")
+    vectors = read_embeddings(learned).vectors["*"]
+    assert torch.equal(start(learned), vectors)
+    assert torch.equal(start("gone.pt", embedding_manager_ckpt=learned), vectors)
+    for nothing in ("", None):
+        assert not torch.equal(start(nothing), vectors)
+    with pytest.raises(FileNotFoundError, match="gone.pt"):
+        start("gone.pt")
+
+
 def test_config_mistakes_are_named():
     with pytest.raises(ConfigError, match="'chanels' is not a parameter.*did you mean 'channels'"):
         tiny_model(chanels=4)
     with pytest.raises(ConfigError, match="num_timesteps_cond=5"):
         tiny_model(num_timesteps_cond=5)
+    with pytest.raises(ConfigError, match="ucg_training={'txt': 1}: this published option is not supported"):
+        tiny_model(ucg_training={"txt": 1})
     with pytest.raises(ValueError, match="'velocity'"):
         tiny_model(parameterization="velocity")
     with pytest.raises(ConfigError, match="conditioning_dropout is a probability between 0 and 1, got 2"):

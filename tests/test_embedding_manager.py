@@ -306,6 +306,19 @@ def test_end_token_survives_expansion(encoder, caplog):
     assert "a photo" not in caplog.text
 
 
+def test_every_long_prompt_is_told_once(encoder, caplog, monkeypatch):
+    manager = EmbeddingManager(encoder, ["*"], ["cat"], num_vectors_per_token=6)
+    prompts = ["a photo of a * with one nice cat up close", "a photo of a * with one nice cat of a painting"]
+    for texts in (prompts[:1], prompts, ["a *", *prompts]):
+        encoder.encode(texts, manager)
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == ["'up close'", "'of a painting'"]
+    encoder.encode(["a photo of one nice cat with a painting of *"], manager)
+    assert "dropped its end: '*'" in caplog.text  # some of its vectors are there
+    monkeypatch.setattr("ldm.modules.embedding_manager.MOST_WARNINGS", 3)
+    encoder.encode(["a painting of a * with one nice cat of a photo"], manager)
+    assert len(caplog.records) == 3
+
+
 def test_padding_attention_follows_the_expanded_row():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     encoder = FrozenBertEmbedder(**sizes, vocab_size=36, max_length=16, zero_padding=True, vocab_file=VOCAB)
@@ -348,6 +361,33 @@ def test_progressive_words_follow_the_global_step(encoder, tmp_path):
     sampling.load(tmp_path / "e.pt")
     assert sampling.active("*") == 2
     assert torch.equal(encoder.encode(["a *"], sampling), encoder.encode(["a *"], manager))
+
+
+def test_progressive_words_from_a_file_keep_its_vectors(encoder, tmp_path):
+    def progressive(**options):
+        more = {"num_vectors_per_token": 3, "progressive_words": True, "progressive_every": 10}
+        return EmbeddingManager(encoder, ["*"], **more, **options)
+
+    def counts(manager):
+        found = []
+        for step in (0, 10, 20):
+            manager.set_global_step(step)
+            found.append(manager.active("*"))
+        return found
+
+    write_embeddings(EmbeddingFile({"*": torch.randn(3, 16)}, active={"*": 2}), tmp_path / "two.pt")
+    write_embeddings(EmbeddingFile({"*": torch.randn(3, 16)}), tmp_path / "all.pt")
+    two = progressive(embedding_manager_ckpt=tmp_path / "two.pt")
+    assert counts(two) == [2, 2, 3]
+    everything = progressive()
+    everything.load(tmp_path / "all.pt")
+    assert counts(everything) == [3, 3, 3]
+    # a resumed run goes by its checkpoint, whatever file it finds; one from before counts were kept, by steps
+    saved = {"state_dict": {f"words.{k}": v for k, v in two.state_dict().items()}}
+    everything.resume(saved | two.run_entries(), "words.")
+    assert counts(everything) == [2, 2, 3]
+    everything.resume(saved, "words.")
+    assert counts(everything) == [1, 2, 3]
 
 
 def test_only_the_vectors_are_parameters_and_they_stay_float32(encoder):

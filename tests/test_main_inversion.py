@@ -15,9 +15,9 @@ import main
 from ldm.cli import BAD_INPUT, run_command
 from ldm.modules.embedding_io import EmbeddingFile, read_embeddings, write_embeddings
 from tests.conftest import END_TO_END
-from tests.tiny_inversion import inversion, learn, learn_until
+from tests.tiny_inversion import inversion, inversion_config, learn, learn_until
 from tests.tiny_models import TEXT_WEIGHTS
-from tests.tiny_run import assert_same_state, last_checkpoint, only_run, run_main
+from tests.tiny_run import assert_same_state, last_checkpoint, only_run, run_main, write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,6 +58,19 @@ def test_an_interrupted_inversion_goes_on_bit_by_bit(learned: Path, tmp_path: Pa
     assert_same_state(learned, run)
     ours, theirs = (read_embeddings(r / "checkpoints" / "embeddings.pt").vectors["*"] for r in (run, learned))
     assert torch.equal(ours, theirs)
+
+
+def test_a_progressive_run_from_a_file_goes_on_bit_by_bit(tmp_path: Path):
+    made = inversion_config(embedding_manager_ckpt=str(tmp_path / "start.pt"))
+    growing = {"num_vectors_per_token": 3, "progressive_words": True, "progressive_every": 2}
+    made["model"]["params"]["personalization_config"]["params"] |= growing
+    config = write_config(tmp_path / "progressive.yaml", made)
+    write_embeddings(EmbeddingFile({"*": torch.randn(3, 64)}, active={"*": 2}), tmp_path / "start.pt")
+    whole, run = learn(config, tmp_path / "whole"), learn_until(2, config, tmp_path)
+    assert read_embeddings(whole / "checkpoints" / "embeddings_gs-2.pt").active == {"*": 2}
+    (tmp_path / "start.pt").unlink()
+    run_main("-r", run)
+    assert_same_state(whole, run)
 
 
 def test_flags_of_an_inversion(tmp_path: Path):

@@ -10,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
+from ldm.data.personalized import find_images
 from ldm.generate import SamplingOptions
 from ldm.generate_edit import read_pictures
 from ldm.generate_files import read_settings
@@ -72,6 +73,21 @@ def test_both_commands_read_a_mask_alike(photo: Path, write):
     _, mask = read_pictures(photo / "a.png", photo / "a_mask.png", text_model(), SamplingOptions())
     assert torch.equal(mask, torch.from_numpy(WHITE)[None].float())
     assert np.array_equal(inpaint.load_pair(photo / "a.png", photo / "a_mask.png")[1][..., 0], WHITE)
+
+
+@pytest.mark.parametrize("name", ["a_mask.jpg", "a_MASK.png", "A_mask.tga"])
+def test_inpainting_knows_the_masks_that_training_knows(photo: Path, name: str):
+    plain(photo / name)
+    (photo / "._a_mask.png").write_bytes(b"what a Mac puts beside a file")
+    assert inpaint.find_pairs(photo) == [(photo / "a.png", photo / name)]
+    assert find_images(photo) == [photo / "a.png"]
+
+
+def test_inpainting_names_the_picture_that_it_cannot_read(photo: Path):
+    (photo / "b.heic").write_bytes(b"????")
+    plain(photo / "b_mask.png")
+    with pytest.raises(FileNotFoundError, match=r"b_mask\.png has no picture.*b\.png, not b\.heic: convert that"):
+        inpaint.find_pairs(photo)
 
 
 def test_inpainting_refuses_a_mask_without_white(photo: Path, inpainting_folder: Path, tmp_path: Path):

@@ -69,6 +69,13 @@ def test_published_files_and_other_formats(tmp_path: Path):
         assert merged.token_ids.get(word) == published.token_ids.get(word, merged.token_ids.get(word))
 
 
+@pytest.mark.parametrize("name", ["merged.bin", "merged.ckpt", "MERGED.PT"])
+def test_endings_of_the_written_file(tmp_path: Path, name: str):
+    a, b = file(tmp_path / "a.pt", star=1), file(tmp_path / "b.pt", cat=1)
+    merge_embeddings.main(["--output_path", str(tmp_path / name), "--manager_ckpts", str(a), str(b)])
+    assert set(read_embeddings(tmp_path / name).vectors) == {"*", "cat"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -77,7 +84,7 @@ def test_published_files_and_other_formats(tmp_path: Path):
         (["a.pt", "--rename", "*=x", "*=y"], "no file is left that has '\\*'"),
         (["a.pt", "--rename", "nonsense"], "write OLD=NEW"),
         (["absent.pt"], "no embedding file at"),
-        (["a.pt", "--output_path", "x.safetensors"], "give it that ending"),
+        (["a.pt", "--output_path", "x.safetensors"], "ends in .pt, .bin, .pth, .ckpt; give it such an ending"),
     ],
 )
 def test_mistakes_write_nothing(tmp_path: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 
 import main
 from ldm import run
+from ldm.cli import asks_for_debug
+from ldm.run_flags import placeholder_of
 from ldm.util import ConfigError
 from tests.tiny_run import ROOT, tiny_config, write_config
 
@@ -96,6 +98,7 @@ def test_yaml_targets_resolve():
         (["--model.params.x=3"], "without dashes: model.params.x=3"),
         (["nonsense"], "neither a flag nor an override"),
         (["--scale_lr", "perhaps"], "neither true nor false"),
+        (["-d", "perhaps"], "neither true nor false"),
     ],
 )
 def test_bad_flags_say_what_to_write(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
@@ -111,6 +114,18 @@ def test_train_flag(base: Path, flag: list[str]):
     assert plan("--base", base, *flag).train is wanted
     says_so = write_config(base.with_name("train.yaml"), {"train": True})
     assert plan("--base", base, says_so, *flag).train is (wanted or not flag)
+
+
+@pytest.mark.parametrize("flag", ["-d", "--debug"])
+def test_debug_flag(flag: str):
+    for values, wanted in (([], True), (["true"], True), (["False"], False)):
+        words = [flag, *values, "-t", "model.base_learning_rate=1"]
+        assert main.parse_args(words)[0].debug is wanted
+        assert asks_for_debug(words) is wanted
+    assert not main.parse_args([f"{flag}=no"])[0].debug
+    assert not asks_for_debug([f"{flag}=no"])
+    assert not asks_for_debug(["-t"])
+    assert not asks_for_debug([])
 
 
 def test_overrides_may_follow_any_flag(base: Path):
@@ -226,6 +241,15 @@ def test_data_root_names_the_run_and_reaches_all_sets(inversion: Path, tmp_path:
     assert unnamed.run_dir.name == "2025-01-31T12-05-09_inversion"
 
 
+def test_a_linked_data_root_names_the_run_as_given(inversion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "cat").symlink_to(tmp_path / "target")
+    assert plan("--base", inversion, "--data_root", f"{tmp_path}/cat/").run_dir.name.startswith("cat2025")
+    assert placeholder_of(str(tmp_path / "cat")) == "<cat>"
+    monkeypatch.chdir(tmp_path / "target")
+    assert plan("--base", inversion, "--data_root", ".").run_dir.name.startswith("target2025")
+
+
 def test_data_root_needs_a_data_set_that_takes_it(base: Path):
     with pytest.raises(ValueError, match="no data set of this config takes a 'data_root'"):
         plan("--base", base, "--data_root", "x")
@@ -242,6 +266,28 @@ def test_one_placeholder_for_model_and_captions(inversion: Path, tmp_path: Path)
     contradiction = write_config(tmp_path / "two.yaml", inversion_config(placeholder_token="&"))
     with pytest.raises(ConfigError, match="'&' but the model learns"):
         plan("--base", contradiction)
+
+
+def test_word_flags_replace_the_first_of_several_words(tmp_path: Path):
+    several = inversion_config()
+    learner = several["model"]["params"]["personalization_config"]["params"]
+    learner |= {"placeholder_strings": ["*", "@"], "initializer_words": ["cat", "photo"]}
+    base = write_config(tmp_path / "several.yaml", several)
+    made = plan("--base", base, "--placeholder_string", "<my-${cat}>", "--init_word", "dog").config
+    manager = made.model.params.personalization_config.params
+    assert list(manager.placeholder_strings) == ["<my-${cat}>", "@"]
+    assert list(manager.initializer_words) == ["dog", "photo"]
+    assert made.data.params.train.params.placeholder_token == "<my-${cat}>"
+
+
+@pytest.mark.parametrize("value", ["", "words.pt"])
+def test_a_published_config_may_name_words_to_start_from(inversion: Path, tmp_path: Path, value: str):
+    published = inversion_config()
+    published["model"]["params"]["personalization_config"]["params"]["embedding_manager_ckpt"] = value
+    made = plan("--base", write_config(tmp_path / "published.yaml", published)).config
+    assert made.model.params.personalization_config.params.embedding_manager_ckpt == value
+    path = "model.params.personalization_config.params.embedding_manager_ckpt"
+    assert OmegaConf.select(plan("--base", inversion, f"{path}=other.pt").config, path) == "other.pt"
 
 
 def test_word_flags_need_an_inversion(base: Path):

@@ -174,6 +174,15 @@ def test_published_partial_chain(golden, tiny, timesteps):
     assert_close(samples, case[f"ddim_sampling_timesteps{timesteps}"], 1e-4)
 
 
+@pytest.mark.parametrize(("chain", "timesteps", "steps"), [(50, 28, 27), (50, 29, 27), (50, 60, 49), (50, 1, 0)])
+def test_published_count_of_a_partial_chain(chain, timesteps, steps):
+    model = Gaussian()
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(chain)
+    sampler.ddim_sampling(None, (1, *SHAPE), timesteps=timesteps)
+    assert model.calls == steps
+
+
 def test_published_ddim_attributes(golden):
     case = golden("ddim_parameters")
     betas = schedule.make_beta_schedule("linear", 1000, 0.00085, 0.012)

@@ -23,6 +23,7 @@ from tests.tiny_models import (
     class_config,
     inpainting_config,
     text_config,
+    text_model,
     unconditional_config,
     vq_stage,
     write_model,
@@ -117,6 +118,8 @@ def test_exit_codes(capsys):
         assert capsys.readouterr().err.startswith("error: out of memory: ask for fewer or smaller pictures")
     with pytest.raises(ValueError, match="x"):
         run_command(fail(ValueError("x")), ["--debug"])
+    with pytest.raises(SystemExit):
+        run_command(fail(ValueError("x")), ["-d", "false"])
     assert run_command(lambda argv: None, []) is None
 
 
@@ -196,7 +199,21 @@ def test_txt2img_warns_when_no_word_occurs(text_folder, tmp_path, caplog):
     words = ["--embedding_path", word_file(tmp_path / "a.pt"), "--rename", "*=<mug>"]
     common = [*QUICK, "--ckpt_path", text_folder, "--n_samples", 1, "--outdir", tmp_path]
     call("txt2img", *common, *words, "--prompt", "a photo of a cat")
-    assert "no learned word occurs in 'a photo of a cat'; the files have '<mug>'" in caplog.text
+    (warning,) = [message for message in caplog.messages if "words" in message]
+    assert warning.endswith("a.pt: none of its words occurs in a prompt or the negative one; it has '<mug>'")
+    caplog.clear()
+    call("txt2img", *common, *words, "--prompt", "a photo of a cat", "--negative_prompt", "a <mug>")
+    assert "occurs" not in caplog.text
+
+
+def test_inpaint_looks_for_words_in_the_negative_prompt_too(tmp_path, caplog):
+    files = [word_file(tmp_path / "a.pt"), word_file(tmp_path / "b.pt", ["<mug>"])]
+    words = ["--indir", tmp_path, "--outdir", tmp_path, "--embedding_path", *files, "--prompt", "a cat"]
+    inpaint = load("inpaint")
+    for negative, idle in (("a <mug>", ["a.pt"]), ("", ["a.pt", "b.pt"]), ("<mug> on *", [])):
+        caplog.clear()
+        inpaint.read_words(text_model(), inpaint.parse_args([*map(str, words), "--negative_prompt", negative]))
+        assert [message.partition(": none")[0][-4:] for message in caplog.messages] == idle
 
 
 def test_txt2img_plms_is_published(text_folder, tmp_path):

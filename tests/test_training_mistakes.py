@@ -144,10 +144,15 @@ def test_a_run_that_fails_takes_away_only_what_it_made(tmp_path: Path):
     assert list(mine.parent.rglob("*")) == [mine]
 
 
-def test_a_run_goes_on_without_the_file_that_it_started_from(tmp_path: Path):
+@pytest.mark.parametrize("place", ["model", "manager"])
+def test_a_run_goes_on_without_the_file_that_it_started_from(tmp_path: Path, place: str):
     start = learn(inversion(tmp_path / "a"), tmp_path / "a", "--max_steps", 1) / "checkpoints" / "embeddings.pt"
     shutil.copy(start, tmp_path / "old.pt")
-    config = inversion(tmp_path / "b", embedding_manager_ckpt=str(tmp_path / "old.pt"))
+    made = inversion_config()
+    params = made["model"]["params"]
+    params = params if place == "model" else params["personalization_config"]["params"]
+    params["embedding_manager_ckpt"] = str(tmp_path / "old.pt")
+    config = write_config(tmp_path / "b" / "inversion.yaml", made)
     whole = learn(config, tmp_path / "whole")
     run = learn_until(2, config, tmp_path / "cut")
     (tmp_path / "old.pt").unlink()

@@ -127,6 +127,11 @@ OPTIONS = {
     "new order": {"use_new_attention_order": True, "legacy": False},
     "codebook": {"n_embed": 7},
     "dropout": {"dropout": 0.2},
+    "published, off": {
+        "disable_self_attentions": None,
+        "num_attention_blocks": None,
+        "disable_middle_self_attn": False,
+    },
     "sequence": {"dims": 1},
     "volume": {"dims": 3},
 }
@@ -471,6 +476,9 @@ class TestRefusedInputs:
             ({"num_heads": 3}, "64 channels do not split into heads: num_heads=3"),
             ({"num_head_channels": 24}, "num_head_channels=24"),
             ({"dims": 4}, "dims=4"),
+            ({"disable_self_attentions": [True]}, r"disable_self_attentions=\[True\]: this published option"),
+            ({"num_attention_blocks": [1, 2]}, r"num_attention_blocks=\[1, 2\]"),
+            ({"disable_middle_self_attn": True}, "disable_middle_self_attn=True"),
         ],
     )
     def test_options(self, options, message):

@@ -27,7 +27,8 @@ PREVIEW_EVERY, PREVIEWS, PREVIEW_STEPS, PREVIEW_SCALE = 50, 4, 25, 3.0
 
 def read_picture(path: Path, size: int) -> np.ndarray:
     """A picture file as (size, size, 3) in [-1, 1], mirrored half of the time."""
-    picture = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    picture = Image.open(path, formats=("PNG", "JPEG", "WEBP")).convert("RGB")
+    picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     if random.random() < 0.5:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(picture, dtype=np.float32) / 127.5 - 1

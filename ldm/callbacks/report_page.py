@@ -73,7 +73,7 @@ def embed_images(paths: Sequence[Path], budget: int) -> dict[Path, str]:
 
 def _data_uri(path: Path, width: int, quality: int) -> str | None:
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=("PNG", "JPEG")) as file:
             image = file.convert("RGB")
     except OSError:
         return None

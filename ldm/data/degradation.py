@@ -83,7 +83,7 @@ def _add_noise(image: Image.Image, level: float) -> Image.Image:
 def _jpeg(image: Image.Image, quality: int) -> Image.Image:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer).convert("RGB")
+    return Image.open(buffer, formats=("JPEG",)).convert("RGB")
 
 
 class SuperResolutionPictures(ListedPictures):

@@ -7,6 +7,7 @@ cut-out has a clean background and a broken file is named, whoever asks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import logging
 import warnings
@@ -23,7 +24,13 @@ log = logging.getLogger(__name__)
 # Twice the size of the largest camera sensors; a small file that claims more is a decompression bomb.
 MAX_PIXELS = 178_956_970
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".tif", ".tiff",
+                            ".tga", ".ppm", ".pgm"})  # fmt: skip
+# Of all that Pillow would open by a file's content, whatever its name: kinds that are plain pictures. PostScript, for
+# one, is a program, which Pillow would run. HEIF is for those who have a plug-in for it; TGA, which has no mark of its
+# own, comes last.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF", "ICO", "ICNS", "PCX",
+           "PSD", "QOI", "SGI", "TGA")  # fmt: skip
 
 INTERPOLATIONS: dict[str, Image.Resampling] = {
     "nearest": Image.Resampling.NEAREST,
@@ -45,21 +52,21 @@ def open_image(source: Source, name: str | None = None, max_pixels: int = MAX_PI
     """Decode the picture in `source` (a path, bytes or a binary file) fully, turned upright by its EXIF orientation.
 
     `name` is what messages call the source when it is no path. Raises `FileNotFoundError` for a missing file and
-    `ValueError` that names the file when it is no image, is truncated, or has more than `max_pixels` pixels.
+    `ValueError` that names the file when it is no image of a kind in `FORMATS`, is truncated, has more than
+    `max_pixels` pixels, or colours (LAB) that cannot be made RGB.
     """
     label = name or (str(source) if isinstance(source, (str, Path)) else "the picture")
     try:
         with warnings.catch_warnings():
             # Pillow warns at half of our own limit, which is checked right below.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Image.DecompressionBombError as error:
         raise ValueError(f"{label}: {error}; shrink the picture") from error
     except Exception as error:  # decoders raise nearly anything on broken headers
-        hint = " (convert it to JPEG or PNG)" if Path(label).suffix.lower() in {".heic", ".heif", ".avif"} else ""
-        raise ValueError(f"{label} is not an image that can be read{hint}") from error
+        raise ValueError(f"{label} is not an image that can be read (convert it to JPEG or PNG)") from error
     with image:
         width, height = image.size
         if width * height > max_pixels:
@@ -67,8 +74,19 @@ def open_image(source: Source, name: str | None = None, max_pixels: int = MAX_PI
         try:
             image.load()
         except Exception as error:
+            if "not available" in str(error):  # Pillow's words where it was built without a decoder
+                raise ValueError(f"{label} needs another Pillow (convert it to JPEG or PNG): {error}") from error
             raise ValueError(f"{label} is truncated or damaged: {error}") from error
+        if image.mode == "LAB":
+            raise ValueError(f"{label} is in LAB colours, which are not read; convert it to RGB")
         return _upright(image, label)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow knows: it stumbles over names of others."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def open_mask(source: Source, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -103,14 +121,20 @@ def parse_colour(colour: Colour) -> tuple[int, int, int]:
 def alpha_plane(image: Image.Image) -> Image.Image | None:
     """Return the alpha channel (mode L) of `image`, or None where it separates no subject from a background.
 
-    A plane without one opaque pixel is no cut-out (some programs write it all zero, meaning nothing by it); one
-    without a transparent pixel has nothing to cut. Both count as no alpha.
+    A plane that is below half everywhere is no cut-out (some programs write it all zero, meaning nothing by it), nor is
+    a gradient that never gets opaque; one of a single level has nothing to cut. All count as no alpha.
     """
     if not image.has_transparency_data:
         return None
     plane = image.convert("RGBA").getchannel("A")
-    lowest, highest = plane.getextrema()
-    return plane if (lowest, highest) != (255, 255) and highest == 255 else None
+    counts = plane.histogram()
+    levels = [level for level, count in enumerate(counts) if count]
+    lowest, highest = levels[0], levels[-1]
+    if lowest == highest or highest < 128:
+        return None
+    # Resizing and lossy compression leave some cut-outs without a pixel of 255, and some subjects are drawn faint.
+    two_levels = counts[lowest] + counts[highest] > sum(counts) / 2
+    return plane if highest > 250 or two_levels else None
 
 
 def to_rgb(image: Image.Image, alpha: str = "composite", background: Colour = "white") -> Image.Image:

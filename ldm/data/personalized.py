@@ -1,7 +1,8 @@
 """Pictures of one concept with captions that hold its placeholder: the data set of textual inversion.
 
 Folder layout: pictures at the top level of `data_root`. Beside a picture `cat.png` may lie `cat_mask.png` (white is the
-subject) and `cat.txt` (its caption); `metadata.jsonl` may hold captions as `{"file_name": ..., "text": ...}` lines.
+subject; see `masks`) and `cat.txt` (its caption); `metadata.jsonl` may hold captions as
+`{"file_name": ..., "text": ...}` lines.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.captions import read_captions, read_text
 from ldm.data.image import IMAGE_SUFFIXES, Colour, ImageLoader, alpha_plane, open_image, open_mask, to_array
+from ldm.data.masks import SIDE_CARS, find_masks, mask_of_each, visible_files
 from ldm.data.seeding import seeded
 from ldm.data.templates import (
     TEMPLATE_SETS,
@@ -39,9 +41,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-MASK_SUFFIX = "_mask"
 MASKS = ("auto", "alpha", "file")
-SIDE_CARS = frozenset({".txt", ".jsonl", ".csv", ".yaml"})
 FULL_CHECK_LIMIT = (
     200  # up to so many files each is decoded at the start, so that a damaged one is named before training
 )
@@ -110,11 +110,13 @@ class PersonalizedBase(Dataset):
         self.per_image_tokens = per_image_tokens
         self.mixing_prob = mixing_prob
         self.masks = masks
+        self.mask_paths = self._find_masks()
         self.seed = seed
         self.templates, self.dual_templates = resolve_templates(templates, self.template_set)
         self.captions = None if captions is None else self._read_captions(captions)
         self.moments: np.ndarray | None = None
         self._cache: dict[int, list[Image.Image]] = {}
+        self._missed: list[Path] = []  # whose subject a random cut left out
         self._keeps_images = self.loader.is_deterministic and size is not None
         self._keeps_images &= self.num_images * (size or 0) ** 2 * (4 if masks else 3) <= CACHE_BYTES
 
@@ -158,17 +160,19 @@ class PersonalizedBase(Dataset):
         if index in self._cache:
             return self._cache[index]
         image = self.loader.open(self.image_paths[index])
-        planes = (
-            self.loader.prepare(image) if self.masks is None else self.loader.prepare(image, self._mask(image, index))
-        )
+        if self.masks is None:
+            planes = self.loader.prepare(image)
+        else:
+            planes = self.loader.prepare(image, self._mask(image, index))
+            self._check_cut(planes[1], self.image_paths[index])
         if self._keeps_images:
             self._cache[index] = planes
         return planes
 
     def _mask(self, image: Image.Image, index: int) -> Image.Image:
         """Return the subject of picture `index` as a plane of its size; all white where nothing marks it."""
-        path = _mask_path(self.image_paths[index])
-        if self.masks in ("auto", "file") and path is not None:
+        path = self.mask_paths.get(self.image_paths[index])
+        if path is not None:
             mask = open_mask(path)
             if mask.size != image.size:
                 raise ValueError(f"{path} has {mask.size} pixels, its picture {image.size}; make them the same")
@@ -181,6 +185,30 @@ class PersonalizedBase(Dataset):
         if mask.getbbox() is None:
             raise ValueError(f"{path}: the mask is black all over, so nothing of the picture would count")
         return mask
+
+    def _find_masks(self) -> dict[Path, Path]:
+        """Return the mask file of each picture that has one, where such files are asked for."""
+        if self.masks not in ("auto", "file"):
+            return {}
+        found = mask_of_each(visible_files(self.data_root))
+        if self.masks == "file" and not any(path in found for path in self.image_paths):
+            raise ValueError(
+                f"masks=file, but no picture in {self.data_root} has a mask; put one beside it, such as "
+                f"{self.image_paths[0].stem}_mask.png, white where the subject is, or leave `masks` unset"
+            )
+        return found
+
+    def _check_cut(self, mask: Image.Image, path: Path) -> None:
+        """Warn, or raise where each cut is the same, when a picture's mask, as cut and resized, is black all over."""
+        if mask.getbbox() is not None:
+            return
+        lost = f"{path}: crop={self.loader.crop} at size={self.loader.size} leaves nothing of what its mask shows white"
+        remedy = "use crop=pad, or cut the picture so that its subject is in the middle and large enough"
+        if self.loader.is_deterministic:
+            raise ValueError(f"{lost}, so nothing of the picture would count; {remedy}")
+        if path not in self._missed:
+            log.warning("%s in some cuts, which count for nothing; %s", lost, remedy)
+            self._missed.append(path)
 
     def _read_captions(self, captions: str | Path) -> list[str]:
         """Return one caption per picture, each checked for the placeholder (`{}` in a caption stands for it)."""
@@ -204,17 +232,17 @@ class PersonalizedBase(Dataset):
 def find_images(folder: Path, warn: bool = True) -> list[Path]:
     """Return the pictures at the top level of `folder`, by name; whatever else lies there is listed in one message.
 
-    Masks (`cat_mask.png` beside `cat.png`), captions and hidden files are left out silently.
+    Masks (`cat_mask.png` beside `cat.png`; see `masks`), captions and hidden files are left out silently.
     Raises `FileNotFoundError` when there is no such folder, `ValueError` when it holds no picture.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; data_root names the folder that holds the pictures")
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = visible_files(folder)
     full_check = len(files) <= FULL_CHECK_LIMIT
     images, skipped = [], []
-    stems = {path.stem for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
+    masks = find_masks(files)
     for path in files:
-        if _is_mask(path, stems):
+        if path in masks:
             continue
         problem = _problem(path, full_check)
         if problem is None:
@@ -243,17 +271,6 @@ def _problem(path: Path, full_check: bool) -> str | None:
     except ValueError as error:
         return str(error).removeprefix(str(path)).strip(" :")
     return None
-
-
-def _mask_path(image: Path) -> Path | None:
-    named = (image.with_name(f"{image.stem}{MASK_SUFFIX}{suffix}") for suffix in (".png", ".PNG", ".Png"))
-    return next((path for path in named if path.is_file()), None)
-
-
-def _is_mask(path: Path, stems: Container[str]) -> bool:
-    """Whether a file is the mask of one of the pictures, whose names without suffix are `stems`."""
-    own = path.stem.removesuffix(MASK_SUFFIX)
-    return path.suffix.lower() == ".png" and own != path.stem and own in stems
 
 
 def resolve_templates(templates: str | Path | Sequence[str] | None, default: str) -> tuple[list[str], list[str]]:

@@ -10,13 +10,14 @@ import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.data.templates import per_img_token_list
 from ldm.modules.embedding_io import WIDTHS, EmbeddingFile, read_embeddings, some_words, write_embeddings
+from ldm.modules.embedding_manager_layout import Layout, expanded
 from ldm.modules.embedding_manager_vectors import NamedVectors
 from ldm.protocols import TextEncoder
 
@@ -24,19 +25,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESSIVE_EVERY = 2000  # steps after which progressive words get one more vector, as published
 MULTI_TOKEN_INITS = ("mean", "vectors")
-
-
-class Layout(NamedTuple):
-    """Where each position of an expanded token row comes from; all (B, L).
-
-    ids: token ids with each placeholder once per active vector.
-    source: position in the row before expansion.
-    nth: which of the placeholder's vectors.
-    """
-
-    ids: Tensor
-    source: Tensor
-    nth: Tensor
+MOST_WARNINGS = 100  # of prompts that are too long: captions may be without end
 
 
 class EmbeddingManager(nn.Module):
@@ -53,6 +42,7 @@ class EmbeddingManager(nn.Module):
         from their mean, "vectors" gives the placeholder k vectors.
     published_clip_init: add the first position's vector to initial words, as the published code does for CLIP.
     seed: for the random vectors.
+    embedding_manager_ckpt: file of words to start from, see `load`; null and '' (in published configs) are none.
     """
 
     def __init__(
@@ -67,6 +57,7 @@ class EmbeddingManager(nn.Module):
         multi_token_init: str = "mean",
         published_clip_init: bool = False,
         seed: int = 0,
+        embedding_manager_ckpt: str | Path | None = None,
     ) -> None:
         super().__init__()
         if isinstance(placeholder_strings, str) or isinstance(initializer_words, str):
@@ -96,12 +87,13 @@ class EmbeddingManager(nn.Module):
         self.initial_embeddings = NamedVectors(trainable=False)
         self.init_words: dict[str, str] = {}
         self._ids: dict[str, int] = {}
-        self._active: dict[str, int] = {}
-        self._warned = False
+        self.counts_in_files: dict[str, int] = {}  # vectors in use there, of the words that came from files
+        self._reached = 1  # vectors that progressive words have come to by now
+        self._truncated: set[tuple[int, ...]] = set()
         for name, word in zip(names, [*words, *[None] * (len(names) - len(words))], strict=True):
             self.add(name, init_word=word)
-        if progressive_words:
-            self.set_global_step(0)
+        if embedding_manager_ckpt:
+            self.load(embedding_manager_ckpt)
 
     @property
     def embedder(self) -> TextEncoder:
@@ -115,7 +107,10 @@ class EmbeddingManager(nn.Module):
 
     def active(self, name: str) -> int:
         """How many vectors of a placeholder are in use."""
-        return self._active.get(name, len(self.string_to_param_dict[name]))
+        total = len(self.string_to_param_dict[name])
+        if not self.progressive_words:
+            return self.counts_in_files.get(name, total)
+        return min(max(self.counts_in_files.get(name, 1), self._reached), total)
 
     # --- placeholders -----------------------------------------------------------------------------------------------
 
@@ -142,7 +137,7 @@ class EmbeddingManager(nn.Module):
         for store in (self.string_to_param_dict, self.initial_embeddings):
             if name in store:
                 del store[name]
-        for entries in (self._ids, self._active, self.init_words):
+        for entries in (self._ids, self.counts_in_files, self.init_words):
             entries.pop(name, None)
 
     def rename(self, old: str, new: str) -> None:
@@ -152,7 +147,7 @@ class EmbeddingManager(nn.Module):
         if new == old:
             return
         self.add(new, self.string_to_param_dict[old])
-        self._active[new] = self.active(old)
+        self.counts_in_files[new] = self.active(old)
         if old in self.initial_embeddings:
             self.initial_embeddings[new] = self.initial_embeddings[old]
             self.init_words[new] = self.init_words[old]
@@ -241,43 +236,33 @@ class EmbeddingManager(nn.Module):
 
     def layout(self, ids: Tensor) -> Layout:
         """Where each position of the expanded token ids (B, L) comes from."""
-        length = ids.shape[1]
-        positions = torch.arange(length, device=ids.device).expand_as(ids).contiguous()  # (B, L)
-        if all(self.active(name) == 1 for name in self._ids):
-            return Layout(ids, positions, torch.zeros_like(ids))
-        width = torch.ones_like(ids)  # positions that each token will take
-        for name, token_id in self._ids.items():
-            width = torch.where(ids == token_id, self.active(name), width)
-        ends = width.cumsum(1)  # (B, L)
-        starts = ends - width
-        source = torch.searchsorted(ends, positions, right=True)  # (B, L)
-        end_id = self.embedder.end_token_id
-        if end_id is not None:
-            is_end = ids == end_id
-            end = is_end.int().argmax(1, keepdim=True)  # (B, 1), the first end token
-            lost = is_end.any(1, keepdim=True) & (starts.gather(1, end) >= length)
-            self._warn_if_lost(ids, starts, end, lost)
-            source = torch.where(lost & (positions == length - 1), end, source)
-        return Layout(ids.gather(1, source), source, positions - starts.gather(1, source))
+        counts = {token_id: self.active(name) for name, token_id in self._ids.items()}
+        layout, cut = expanded(ids, counts, self.embedder.end_token_id)
+        if cut is not None and not ids.is_meta:
+            self._warn_of(ids, cut)
+        return layout
 
-    def _warn_if_lost(self, ids: Tensor, starts: Tensor, end: Tensor, lost: Tensor) -> None:
-        """Say once which words of the first long prompt were cut off."""
-        if self._warned or ids.is_meta or not bool(lost.any()):
+    def _warn_of(self, ids: Tensor, cut: Tensor) -> None:
+        """Say once for each long prompt, `MOST_WARNINGS` at most, which of its words were cut off."""
+        if len(self._truncated) >= MOST_WARNINGS or not bool(cut.any()):
             return
-        self._warned = True
-        row = int(lost.squeeze(1).int().argmax())
         names = {token_id: name for name, token_id in self._ids.items()}
-        cut = [i for i in range(int(end[row])) if int(starts[row, i]) >= ids.shape[1] - 1]
-        words = [names.get(int(ids[row, i])) or self.embedder.id_to_word(int(ids[row, i])) for i in cut]
-        logger.warning(
-            "prompt with its vectors is longer than %d tokens, dropped its end: %r", ids.shape[1], " ".join(words)
-        )
+        for row in cut.any(1).nonzero().flatten().tolist():
+            prompt = tuple(ids[row].tolist())
+            if prompt in self._truncated:
+                continue
+            self._truncated.add(prompt)
+            words = [names.get(i) or self.embedder.id_to_word(i) for i in ids[row][cut[row]].tolist()]
+            logger.warning(
+                "prompt with its vectors is longer than %d tokens, dropped its end: %r", ids.shape[1], " ".join(words)
+            )
 
     def set_global_step(self, step: int) -> None:
-        """Tell progressive words how far training is: 1 + step // progressive_every vectors are in use."""
-        if self.progressive_words:
-            count = 1 + step // self.progressive_every
-            self._active = {n: min(count, len(self.string_to_param_dict[n])) for n in self._ids}
+        """Tell progressive words how far training is: 1 + step // progressive_every vectors are in use.
+
+        Words from a file never use fewer than they did in it.
+        """
+        self._reached = 1 + step // self.progressive_every
 
     # --- losses and statistics --------------------------------------------------------------------------------------
 
@@ -311,25 +296,32 @@ class EmbeddingManager(nn.Module):
 
     # --- files ------------------------------------------------------------------------------------------------------
 
-    def check_resumed(self, state: Mapping[str, Any], prefix: str, init_words: Mapping[str, str] | None) -> None:
-        """Raise `ValueError` where a run's checkpoint has other words, or other initial words, than this manager.
+    def run_entries(self) -> dict[str, dict[str, Any]]:
+        """What a run's checkpoint says of this manager besides its vectors, for `resume`."""
+        return {"initial_words": dict(self.init_words), "counts_in_files": dict(self.counts_in_files)}
 
-        Its vectors would be left out, or go on under the name of a word that they did not start from.
+    def resume(self, checkpoint: Mapping[str, Any], prefix: str) -> None:
+        """Go on as in the run of a checkpoint, whose state dict has the vectors' names after `prefix`.
+
+        Raises `ValueError` where it has other words, or other initial words, than this manager: its vectors would be
+        left out, or go on under the name of a word that they did not start from.
         """
         prefix = f"{prefix}string_to_param_dict."
-        saved = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
+        saved = {key.removeprefix(prefix) for key in checkpoint["state_dict"] if key.startswith(prefix)}
         own = {key for key, _ in self.string_to_param_dict.named_parameters()}
         if saved != own:
             raise ValueError(
                 f"the run learns {some_words(sorted(saved))}, not {some_words(sorted(own))}: a resumed run keeps its "
                 "words; to go on under another name, start a new run with --embedding_manager_ckpt"
             )
-        for name, word in (init_words or {}).items():
+        for name, word in checkpoint.get("initial_words", {}).items():
             if self.init_words.get(name) != word:
                 raise ValueError(
                     f"{name!r} started from {word!r}, not from {self.init_words.get(name)!r}: the initial word of a "
                     "resumed run cannot change; start a new run for that"
                 )
+        if self.progressive_words:  # older checkpoints have no counts: then those of the file did not matter
+            self.counts_in_files = dict(checkpoint.get("counts_in_files", {}))
 
     def save(
         self,
@@ -376,7 +368,7 @@ class EmbeddingManager(nn.Module):
                 self.initial_embeddings[name] = self._from_word(starts[name], len(vectors)).to(vectors.device)
                 self.init_words[name] = starts[name]
             self.string_to_param_dict[name] = vectors.to(self.string_to_param_dict[name].device)
-            self._active[name] = words.active.get(name, len(vectors))
+            self.counts_in_files[name] = words.active.get(name, len(vectors))
         return list(words.vectors)
 
     def _at_strength(self, path: str | Path, name: str, vectors: Tensor, word: str | None, strength: float) -> Tensor:

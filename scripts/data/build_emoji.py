@@ -158,7 +158,7 @@ def draw_style(style: str, package: Path, names: dict[str, str], size: int) -> l
         for path in sorted((package / "assets").glob("*.webp")):
             code = "-".join(part for part in path.stem.split("-") if part != "fe0f")
             if code in names:
-                drawings.append((names[code], fit(Image.open(path).convert("RGBA"), size)))
+                drawings.append((names[code], fit(Image.open(path, formats=("WEBP",)).convert("RGBA"), size)))
     else:
         icons = json.loads((package / "icons.json").read_text(encoding="utf-8"))
         for code, name in names.items():
@@ -196,7 +196,7 @@ def rasterise(icons: dict[str, Any], icon: str, size: int) -> Image.Image:
         f'viewBox="{entry.get("left", 0)} {entry.get("top", 0)} {width} {height}" color="black">{entry["body"]}</svg>'
     )
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)
-    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    return Image.open(io.BytesIO(bytes(png)), formats=("PNG",)).convert("RGBA")
 
 
 def fit(drawing: Image.Image, size: int) -> np.ndarray:

@@ -79,12 +79,14 @@ class DDIMSampler(Sampler):
     ) -> tuple[Tensor, Intermediates]:
         """Run the chain that `make_schedule` chose on a batch of `shape` (B, C, h, w); see `sample`.
 
-        `timesteps` = K of S runs min(K, S) - 1 steps, one fewer than its name says, as published; with
-        `ddim_use_original_steps` it runs the K least noisy of all trained steps.
+        `timesteps` = K of S levels runs int(min(K / S, 1) S) - 1 steps, one fewer than its name says, as published;
+        where K / S S rounds to less than K (29 of 50) two fewer. With `ddim_use_original_steps` it runs the K least
+        noisy of all trained steps.
         """
         grid = self.current_grid(ddim_use_original_steps)
         if timesteps is not None:
-            grid = grid.head(timesteps if ddim_use_original_steps else max(min(timesteps, len(grid)) - 1, 0))
+            published = int(min(timesteps / len(grid), 1) * len(grid)) - 1
+            grid = grid.head(timesteps if ddim_use_original_steps else max(published, 0))
         run = Run(
             grid=grid,
             guidance=self.guidance(

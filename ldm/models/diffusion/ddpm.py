@@ -16,11 +16,10 @@ from ldm.models.diffusion.patches import PatchOptions, blend_patches
 from ldm.models.diffusion.wrapper import DiffusionWrapper, conditioning_kwargs
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.protocols import TextEncoder
-from ldm.util import FIRST_STAGE_ALIAS, UNCONDITIONAL_ALIAS, ConfigError, freeze, instantiate_from_config
+from ldm.util import FIRST_STAGE_ALIAS, UNCONDITIONAL_ALIAS, ConfigError, freeze, instantiate_from_config, require_off
 
 logger = logging.getLogger(__name__)
 WORDS = "embedding_manager."  # prefix of the words' keys in a state dict
-INITIAL_WORDS = "initial_words"  # entry of a checkpoint
 
 __all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion", "LatentInpaintDiffusion", "Layout2ImgDiffusion"]
 
@@ -35,12 +34,12 @@ class LatentDiffusion(DDPM):
     | `cond_stage_key`, `cond_stage_trainable` | batch key of the conditioning; train the conditioner too |
     | `conditioning_key`, `concat_mode` | see `DiffusionWrapper`; when no key is given, "concat" or (concat_mode false) "crossattn" |
     | `scale_factor`, `scale_by_std` | factor on first-stage latents; set it from the first batch so that latents have unit variance |
-    | `num_timesteps_cond` | accepted for published configs; only 1 (the conditioning is not noised) |
+    | `num_timesteps_cond`, `cond_stage_forward` | accepted for published configs; only 1 (the conditioning is not noised) and null |
     | `conditioning_dropout` | probability of training on the empty caption, for classifier-free guidance |
     | `personalization_config` | config of the embedding manager; its vectors are then all that trains ... |
     | `unfreeze_model`, `model_lr` | ... unless the model is tuned along, at its own unscaled learning rate |
     | `embedding_reg_weight` | weight of the pull towards the initial vectors |
-    | `embedding_manager_ckpt` | embedding file to start from |
+    | `embedding_manager_ckpt` | embedding file to start from, instead of the one that `personalization_config` may name |
 
     All other options are those of `DDPM`.
     """  # noqa: E501 (table rows)
@@ -60,6 +59,7 @@ class LatentDiffusion(DDPM):
         cond_stage_key: str = "image",
         cond_stage_trainable: bool = False,
         concat_mode: bool = True,
+        cond_stage_forward: str | None = None,
         conditioning_key: str | None = None,
         scale_factor: float = 1.0,
         scale_by_std: bool = False,
@@ -73,10 +73,9 @@ class LatentDiffusion(DDPM):
         load_only_unet: bool = False,
         **ddpm_options: Any,
     ):
-        if num_timesteps_cond not in (None, 1):
-            raise ConfigError(
-                f"num_timesteps_cond={num_timesteps_cond}: noising the conditioning is not supported, use 1"
-            )
+        require_off(cond_stage_forward=cond_stage_forward)
+        if num_timesteps_cond != 1:
+            require_off(num_timesteps_cond=num_timesteps_cond)
         if not 0 <= conditioning_dropout <= 1:
             raise ConfigError(f"conditioning_dropout is a probability between 0 and 1, got {conditioning_dropout}")
         if cond_stage_config == UNCONDITIONAL_ALIAS:
@@ -117,9 +116,8 @@ class LatentDiffusion(DDPM):
         return conditioner if self.cond_stage_trainable else freeze(conditioner)
 
     def _build_embedding_manager(self, config: Any, checkpoint: str | Path | None) -> None:
-        self.embedding_manager = instantiate_from_config(config, self.cond_stage_model)
-        if checkpoint:
-            self.embedding_manager.load(checkpoint)
+        start = {"embedding_manager_ckpt": checkpoint} if checkpoint else {}
+        self.embedding_manager = instantiate_from_config(config, self.cond_stage_model, **start)
         if self.inverts:
             freeze(self.model)
             freeze(self.cond_stage_model)
@@ -233,15 +231,13 @@ class LatentDiffusion(DDPM):
         kwargs = conditioning_kwargs(cond, self.conditioning_key)
         if self.split_input_params is None:
             return self.model(x, t, **kwargs)
-        if "c_concat" not in kwargs:
-            return blend_patches(x, lambda patch, _: self.model(patch, t, **kwargs), self.split_input_params)
-        # Concatenated channels are cut along with the latent.
-        beside = kwargs.pop("c_concat")
-        channels = x.shape[1]
+        # Channels to concatenate are cut along with the latent.
+        beside, channels = kwargs.pop("c_concat", []), x.shape[1]
 
         def network(patch: Tensor, index: int) -> Tensor:
             del index
-            return self.model(patch[:, :channels], t, c_concat=[patch[:, channels:]], **kwargs)
+            concat = {"c_concat": [patch[:, channels:]]} if beside else {}
+            return self.model(patch[:, :channels], t, **concat, **kwargs)
 
         return blend_patches(torch.cat([x, *beside], dim=1), network, self.split_input_params)
 
@@ -262,9 +258,9 @@ class LatentDiffusion(DDPM):
             mask = F.interpolate(self.get_input(batch, "loss_mask"), size=z.shape[-2:], mode="area")  # (B, 1, h, w)
         return z, self.get_conditioning(batch), mask
 
-    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Diffusion loss of one batch, plus the pull of pseudo-words towards their initial vectors."""
-        loss, logs = super().shared_step(batch)
+    def p_losses(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `DDPM.p_losses`, plus the pull of pseudo-words towards their initial vectors."""
+        loss, logs = super().p_losses(*args, **kwargs)
         if self.embedding_manager is not None and self.embedding_reg_weight > 0:
             regularisation = self.embedding_manager.embedding_to_coarse_loss().mean()
             loss = loss + self.embedding_reg_weight * regularisation
@@ -302,15 +298,22 @@ class LatentDiffusion(DDPM):
             groups.append({"params": self.trainable_parameters(), "lr": self.model_lr})
         return groups
 
+    def configure_optimizers(self) -> Any:
+        """As `DDPM.configure_optimizers`, but words are learned at a constant rate: the published code does so."""
+        if self.embedding_manager is not None and self.scheduler_config is not None:
+            logger.warning("words are learned at a constant rate: scheduler_config is not used")
+            self.scheduler_config = None
+        return super().configure_optimizers()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other words than this model's."""
+        """Refuse a checkpoint of other words than this model's; as many vectors are in use as were in that run."""
         if self.embedding_manager is not None:
-            self.embedding_manager.check_resumed(checkpoint["state_dict"], WORDS, checkpoint.get(INITIAL_WORDS))
+            self.embedding_manager.resume(checkpoint, WORDS)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep frozen weights out of an inversion's checkpoint, and say which words it started from."""
         if self.embedding_manager is not None:
-            checkpoint[INITIAL_WORDS] = dict(self.embedding_manager.init_words)
+            checkpoint |= self.embedding_manager.run_entries()
         if self.inverts:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {k: v for k, v in state.items() if k.startswith(WORDS)}
@@ -367,10 +370,7 @@ class LatentInpaintDiffusion(LatentDiffusion):
         finetune_keys: Sequence[str] | None = None,
         **options: Any,
     ):
-        if finetune_keys:
-            raise ConfigError(
-                f"finetune_keys={finetune_keys}: growing a checkpoint's input layer is not supported, use null"
-            )
+        require_off(finetune_keys=finetune_keys)  # it would grow a checkpoint's input layer
         if masked_image_key not in concat_keys:
             raise ConfigError(f"masked_image_key '{masked_image_key}' is not among concat_keys {list(concat_keys)}")
         super().__init__(**options)

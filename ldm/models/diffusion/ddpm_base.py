@@ -19,7 +19,7 @@ from ldm.models.diffusion import schedule
 from ldm.models.diffusion.loss import combine_losses, min_snr_weights, per_sample_loss
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.ema import LitEma
-from ldm.util import count_params, instantiate_from_config
+from ldm.util import count_params, instantiate_from_config, require_off
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class DDPM(pl.LightningModule):
     | `conditioning_key` | see `DiffusionWrapper` |
     | `scheduler_config`, `weight_decay` | learning-rate schedule (a multiplier per step); AdamW's decay |
     | `monitor`, `log_every_t`, `clip_denoised` | metric for checkpoints; steps between logged states; clamp x0 in ancestral sampling |
+    | `use_positional_encodings`, `ucg_training`, `make_it_fit`, `reset_ema`, `reset_num_ema_updates` | accepted for published configs; only off |
 
     `learning_rate` must be set before training (main.py does).
     """  # noqa: E501 (table rows)
@@ -88,8 +89,17 @@ class DDPM(pl.LightningModule):
         weight_decay: float = 0.01,
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
+        use_positional_encodings: bool = False,
+        ucg_training: Any = None,
+        make_it_fit: bool = False,
+        reset_ema: bool = False,
+        reset_num_ema_updates: bool = False,
     ):
         super().__init__()
+        require_off(
+            use_positional_encodings=use_positional_encodings, ucg_training=ucg_training, make_it_fit=make_it_fit,
+            reset_ema=reset_ema, reset_num_ema_updates=reset_num_ema_updates,
+        )  # fmt: skip
         if parameterization not in schedule.PARAMETERIZATIONS:
             raise ValueError(f"parameterization '{parameterization}' is none of {schedule.PARAMETERIZATIONS}")
         if timestep_shift <= 0:

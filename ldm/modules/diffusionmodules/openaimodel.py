@@ -20,6 +20,7 @@ from ldm.modules.diffusionmodules.unet_blocks import (
 )
 from ldm.modules.diffusionmodules.unet_blueprint import Blueprint
 from ldm.modules.diffusionmodules.util import conv_nd, normalization, timestep_embedding, zero_module
+from ldm.util import require_off
 
 __all__ = [
     "AttentionBlock",
@@ -69,9 +70,17 @@ class UNetModel(nn.Module):
         n_embed: int | None = None,  # predict logits of this many codebook entries instead of `out_channels`
         legacy: bool = True,  # how published models before SD choose their head widths, see `Blueprint.attention`
         use_linear_in_transformer: bool = False,  # SD 2: see `SpatialTransformer`
+        # Accepted for published configs; only off.
+        disable_self_attentions: Sequence[bool] | None = None,
+        num_attention_blocks: Sequence[int] | None = None,
+        disable_middle_self_attn: bool = False,
     ) -> None:
         super().__init__()
         del use_fp16
+        require_off(
+            disable_self_attentions=disable_self_attentions, num_attention_blocks=num_attention_blocks,
+            disable_middle_self_attn=disable_middle_self_attn,
+        )  # fmt: skip
         blueprint = Blueprint(
             model_channels=model_channels,
             channel_mult=channel_mult,
