@@ -192,10 +192,17 @@ class Progress:
         self.clock = clock
         self.failures: dict[str, ValueError] = {}
 
-    def run(self, title: str, units: Iterable[Unit], work: Callable[[Unit, Path], Mapping[str, Any]]) -> None:
+    def run(
+        self,
+        title: str,
+        units: Iterable[Unit],
+        work: Callable[[Unit, Path], Mapping[str, Any]],
+        group: Callable[[Unit], object] = lambda unit: unit.key,
+    ) -> None:
         """Call `work(unit, folder)` for each unit that is not done, and save what it returns with its seconds.
 
-        Raises the `ValueError` of a unit when as many as `MOST_FAILURES` fail one after the other.
+        Raises the `ValueError` of a unit when as many as `MOST_FAILURES` fail one after the other, in as many groups
+        (or in all that there are): what is wrong with one concept should not keep the others from being done.
         """
         unique = {(unit.kind, unit.key): unit for unit in units}
         waiting = [unit for unit in unique.values() if not self.store.is_done(unit)]
@@ -203,7 +210,9 @@ class Progress:
         if not waiting:
             log.info("%s: all %d are there", title, len(unique))
         taken: dict[str, list[float]] = {}
-        said, in_a_row = -math.inf, 0
+        said = -math.inf
+        in_a_row: list[object] = []  # groups of units that failed one after the other
+        most_groups = min(MOST_FAILURES, len({group(unit) for unit in waiting}))
         for number, unit in enumerate(waiting, 1):
             try:
                 seconds = self.do(unit, work)
@@ -211,12 +220,12 @@ class Progress:
                 continue
             except ValueError as error:
                 self.failures[unit.key] = error
-                in_a_row += 1
-                if in_a_row == MOST_FAILURES:
+                in_a_row.append(group(unit))
+                if len(in_a_row) >= MOST_FAILURES and len(set(in_a_row)) >= most_groups:
                     raise
                 log.error("%s %s failed, and what needs it is left out: %s", unit.kind, self.store.folder(unit), error)
                 continue
-            in_a_row = 0
+            in_a_row = []
             if seconds is None:
                 continue
             taken.setdefault(unit.kind, []).append(seconds)

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from evaluation.stats import LEVEL, Bootstrap, Interval, interval
+from evaluation.stats import Bootstrap, Interval, interval, smallest
 from ldm.util import ConfigError, did_you_mean
 
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
@@ -37,7 +36,7 @@ Lookup = Callable[[str, str], np.ndarray]
 class Claim:
     """An ordering in words and as an inequality such as `text(ours) > text(three_words)`.
 
-    every: whether it is said of each concept, and not of their mean.
+    every: whether it is said of each concept, and not of their mean; see `evaluation.stats.smallest`.
     """
 
     says: str
@@ -152,14 +151,12 @@ def look_up_in(table: Mapping[tuple[str, str], Any]) -> Lookup:
 Values = Mapping[tuple[str, str], np.ndarray]
 
 
-def bootstrap_interval(
-    compute: Callable[[Lookup], Any], values: Values, bootstrap: Bootstrap, level: float = LEVEL
-) -> Interval:
+def bootstrap_interval(compute: Callable[[Lookup], Any], values: Values, bootstrap: Bootstrap) -> Interval:
     """Estimate and interval of what `compute` makes of the means of `values` (C, S) by (metric, row)."""
     mean = compute(look_up_in({pair: bootstrap.mean(array) for pair, array in values.items()}))
     replicates = compute(look_up_in({pair: bootstrap.replicates(array) for pair, array in values.items()}))
     results = min((bootstrap.count(array) for array in values.values()), default=0)
-    return interval(float(mean), np.asarray(replicates), level, results)
+    return interval(float(mean), np.asarray(replicates), results=results)
 
 
 def check_claim(claim: Claim, values: Values, bootstrap: Bootstrap) -> Finding:
@@ -168,27 +165,6 @@ def check_claim(claim: Claim, values: Values, bootstrap: Bootstrap) -> Finding:
     known = ~np.isnan(differences)
     concepts = (int((differences[known] > 0).sum()), int(known.sum()))
     if claim.every:
-        return Finding(claim, _of_every_concept(claim, values, bootstrap), concepts)
+        cells = claim.difference(look_up_in({p: bootstrap.by_cell(array) for p, array in values.items()}))  # (C, S)
+        return Finding(claim, smallest(cells), concepts)
     return Finding(claim, bootstrap_interval(claim.difference, values, bootstrap), concepts)
-
-
-def _of_every_concept(claim: Claim, values: Values, bootstrap: Bootstrap) -> Interval:
-    """Interval of the concept that decides: one below 0 if there is any, else the one with the lowest bound.
-
-    The intervals are over the seeds, at the level 1 - 0.05 / C, since one of C concepts is picked.
-    """
-    count, seeds = bootstrap.shape
-    level = 1 - (1 - LEVEL) / count
-    of_one = Bootstrap(1, seeds, bootstrap.resamples)
-    found = [
-        bootstrap_interval(claim.difference, {pair: array[c : c + 1] for pair, array in values.items()}, of_one, level)
-        for c in range(count)
-    ]
-    below = [one for one in found if one.high < 0]
-    if below:
-        return min(below, key=lambda one: one.high)
-    missing = [one for one in found if math.isnan(one.mean)]
-    if missing:
-        return missing[0]
-    unbounded = [one for one in found if math.isnan(one.low)]  # of one seed alone
-    return min(unbounded, key=lambda one: one.mean) if unbounded else min(found, key=lambda one: one.low)

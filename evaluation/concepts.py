@@ -12,12 +12,14 @@ A concept is a folder of pictures; what else is known of it lies in its `concept
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evaluation.cells import digest, fingerprint
 from evaluation.image_dirs import concept_folders
+from evaluation.text_files import read_text
 from ldm.data.personalized import find_images
 from ldm.run import read_config
 from ldm.util import ConfigError, did_you_mean, to_plain
@@ -68,17 +70,18 @@ def read_concept(folder: str | Path, defaults: Mapping[str, Any] | None = None) 
             raise ConfigError(f"{folder / FILE}: unknown key '{key}'{did_you_mean(key, known)}")
     values = {**(defaults or {}), **said}
     if "prompts" not in said and (folder / PROMPTS_FILE).is_file():
-        lines = (folder / PROMPTS_FILE).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(folder / PROMPTS_FILE).splitlines()
         values["prompts"] = [line.strip().replace("{}", WORD) for line in lines if line.strip()]
     values |= {key: texts(values[key], f"{folder / FILE}: {key}") for key in ("prompts", "texts") if key in values}
     if "captions" in values:
         values["captions"] = checked_captions(values["captions"], f"{folder / FILE}: captions")
-    if values.get("init_word") is not None and not str(values["init_word"]).strip():
-        raise ConfigError(f"{folder / FILE}: init_word is empty: name a plain word to start from, or leave it out")
+    word = values.get("init_word")
+    if word is not None and not (isinstance(word, str) and word.strip()):
+        raise ConfigError(f"{folder / FILE}: init_word should be a word in quotes to start from, not {word!r}")
     missing = [prompt for prompt in values.get("prompts", ()) if WORD not in prompt]
     if missing:
         raise ConfigError(f"concept '{folder.name}': the prompt '{missing[0]}' has no {WORD} for the word")
-    return Concept(folder.resolve().name, tuple(find_images(folder)), **values)
+    return Concept(Path(os.path.abspath(folder)).name, tuple(find_images(folder)), **values)
 
 
 def texts(values: Any, what: str) -> tuple[str, ...]:

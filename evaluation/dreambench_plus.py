@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from evaluation.cells import Store
+from evaluation.cells import Store, digest, fingerprint
 from evaluation.clean_pictures import clean_picture
 from evaluation.concepts import WORD, Concept
 from evaluation.export import export
@@ -34,6 +34,7 @@ PROMPT_KINDS = {"photorealistic": range(0, 4), "style": range(4, 7), "imaginativ
 PROMPTS = 9
 KINDS = ("cp", "pf")  # concept preservation, prompt following
 HIGHEST = 4
+SAMPLE_HASH = "sample_hash"  # what an item says of the sample that it rates; published ones do not
 Ratings = dict[tuple[str, int], list[int]]  # by collection and prompt number, one score per repeat
 
 
@@ -167,6 +168,10 @@ class Sample:
     reference: Path
     text: str
 
+    def shown(self, kind: str) -> str:
+        """Hash of what is rated: the picture with its reference ("cp") or with its text ("pf")."""
+        return digest([fingerprint(self.picture), fingerprint(self.reference) if kind == "cp" else self.text])
+
 
 def read_samples(folder: str | Path) -> Iterator[Sample]:
     """The samples in a folder that has the benchmark's layout."""
@@ -189,11 +194,12 @@ def read_samples(folder: str | Path) -> Iterator[Sample]:
 
 @dataclasses.dataclass(frozen=True)
 class Rating:
-    """A score, and whose picture it is of; `method` is None where the file does not say."""
+    """A score, and whose and which picture it is of; `method` and `shown` are None where the file does not say."""
 
     key: tuple[str, int]
     score: int
     method: str | None = None
+    shown: str | None = None
 
 
 def read_ratings(path: str | Path, method: str | None = None) -> dict[str, Ratings]:
@@ -228,11 +234,14 @@ def load_ratings(path: str | Path) -> dict[str, list[Rating]]:
     return found
 
 
-def ratings_of(method: str | None, ratings: Mapping[str, Sequence[Rating]], path: str | Path) -> dict[str, Ratings]:
+def ratings_of(
+    method: str | None, ratings: Mapping[str, Sequence[Rating]], path: str | Path, samples: Path | None = None
+) -> dict[str, Ratings]:
     """The ratings of one method, or of the only one that is named, and with them those that name none.
 
     Raises `ValueError` when several are named and none is picked, or when it is not clear whose the unnamed ones are.
     path: what messages name.
+    samples: folder of the method's samples; ratings of others than these are left out, with a warning.
     """
     every = [rating for kind in ratings.values() for rating in kind]
     named = sorted({rating.method for rating in every if rating.method is not None})
@@ -247,10 +256,22 @@ def ratings_of(method: str | None, ratings: Mapping[str, Sequence[Rating]], path
     found: dict[str, Ratings] = {}
     for kind, group in ratings.items():
         found[kind] = {}
-        for rating in group:
-            if method is None or rating.method in (None, method):
-                found[kind].setdefault(rating.key, []).append(rating.score)
+        own = [rating for rating in group if method is None or rating.method in (None, method)]
+        for rating in own if samples is None else _of_samples(kind, own, path, samples):
+            found[kind].setdefault(rating.key, []).append(rating.score)
     return found
+
+
+def _of_samples(kind: str, ratings: Sequence[Rating], path: str | Path, samples: Path) -> list[Rating]:
+    """Without the ratings whose hash is not that of the sample; where either is not known, there is no telling."""
+    listed = read_samples(samples) if (samples / "tgt_image").is_dir() else ()
+    shown = {(sample.collection, sample.prompt): sample.shown(kind) for sample in listed}
+    fitting = [rating for rating in ratings if rating.shown in (None, shown.get(rating.key, rating.shown))]
+    if len(fitting) < len(ratings):
+        log.warning("%d of %d ratings (%s) in %s are of others than the pictures and texts in %s, and are left out: "
+                    "rate these with scripts/rate_dreambench_plus.py",
+                    len(ratings) - len(fitting), len(ratings), kind, path, samples)  # fmt: skip
+    return fitting
 
 
 def _read_item(file: Path) -> Rating:
@@ -261,7 +282,8 @@ def _read_item(file: Path) -> Rating:
     method = values.get("method")
     if not isinstance(method, str | None):
         raise ValueError(f"{file}: the method {method!r} is no name")
-    return Rating(_key(values["collection_id"], values["prompt_index"], file), _score(values["score"], file), method)
+    key = _key(values["collection_id"], values["prompt_index"], file)
+    return Rating(key, _score(values["score"], file), method, values.get(SAMPLE_HASH))
 
 
 def _read_pairs(path: Path) -> dict[str, list[Rating]]:
@@ -335,11 +357,12 @@ def _rated(ratings: Mapping[str, Ratings], collection: str) -> dict[str, float]:
     return rated
 
 
-def add_ratings(result: TableResult, request: Request, path: str | Path) -> TableResult:
+def add_ratings(result: TableResult, request: Request, path: str | Path, samples: Path | None = None) -> TableResult:
     """The table with the ratings as columns "cp" and "pf", and the averages by category among the facts.
 
     The ratings of a row are those of the method of its name. Raises `ValueError` for ratings that name no method when
     there are several rows, which they would all count for.
+    samples: folder with a folder of samples for each row; ratings of other samples are left out, with a warning.
     """
     facts, records = dict(result.facts), []
     published = result.table.options.get("published_by_group", {})
@@ -350,8 +373,11 @@ def add_ratings(result: TableResult, request: Request, path: str | Path) -> Tabl
         raise ValueError(f"{path} holds ratings that name no method, and the table has the rows {', '.join(rows)}: "
                          "give single ratings, which name theirs, or one row")  # fmt: skip
     for row in rows:
-        ratings = ratings_of(row, every, path)
-        records += [{**record, **_rated(ratings, record["concept"])} for record in result.cells if record["row"] == row]
+        ratings = ratings_of(row, every, path, samples / row if samples else None)
+        for record in result.cells:
+            if record["row"] == row:
+                measured = {name: value for name, value in record.items() if name not in KINDS}
+                records.append(measured | _rated(ratings, record["concept"]))
         for kind, groups in averages(ratings).items():
             theirs = published.get(row, {}).get(kind, {})
             key = names[kind] if len(rows) == 1 else f"{names[kind]}, {row}"

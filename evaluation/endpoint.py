@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import json
 import logging
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -88,7 +89,7 @@ class Endpoint:
                 if error.code == 400 and self._leave_out(said):
                     continue
                 if 300 <= error.code < 400:
-                    said = f"ask at its new address instead, {error.headers.get('Location')}"
+                    said = f"ask at its new address instead, {without_secrets(str(error.headers.get('Location')))}"
                 kind = Refused if error.code in REFUSALS or error.code < 400 else OSError
                 raise kind(f"{self.url} answered {error.code}: {self.told(said)}") from None
             if len(body) > LARGEST:
@@ -138,17 +139,23 @@ def fits_header(text: str) -> bool:
     return text.isprintable() and all(ord(character) < 256 for character in text)
 
 
+def without_secrets(url: str) -> str:
+    """An address to be shown: user name and password, and all from "?" or "#" on, may be secrets."""
+    shown, *secret = re.split(r"[?#]", re.sub(r"//[^/]*@", "//", url), maxsplit=1)
+    return shown + ("..." if secret else "")
+
+
 def check_url(url: str) -> None:
     """Raise `ValueError` for what is no base of a service: http or https, a host, perhaps a port and a path."""
     if "@" in url:  # not quoted: what is before it may be a password
         raise ValueError("the service's address holds an @: leave user name and password out of it")
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url!r}: begin with http:// or https://")
+        raise ValueError(f"{without_secrets(url)!r}: begin with http:// or https://")
     try:
         parts = urllib.parse.urlsplit(url)
         well_formed = bool(parts.hostname) and parts.port != 0  # a port that is no number raises
     except ValueError:
         well_formed = False
     if not well_formed or not url.isascii() or not url.isprintable() or any(c in url for c in " ?#"):
-        raise ValueError(f"{url!r} is no base of a service: it has a host, perhaps a port and a path, in ASCII "
-                         "without spaces, such as http://localhost:8000/v1")  # fmt: skip
+        raise ValueError(f"{without_secrets(url)!r} is no base of a service: it has a host, perhaps a port and a path, "
+                         "in ASCII without spaces, '?' and '#', such as http://localhost:8000/v1")  # fmt: skip

@@ -24,12 +24,7 @@ def export(
     a folder that holds something else; hidden files do not count.
     listed_in: relative path of the hidden file that says what was written.
     """
-    earlier = exported(folder / listed_in)
-    foreign = sorted(visible_files(folder) - earlier)
-    if foreign:
-        raise ValueError(
-            f"{folder} holds '{foreign[0]}', which no export wrote: choose another folder, or move away what is there"
-        )
+    earlier = check_export(folder, listed_in)
     for name in earlier - set(files):
         remove(folder, name)
     write_json(folder / listed_in, {"files": sorted(files)})  # first, so that no file is foreign to the next run
@@ -41,6 +36,17 @@ def export(
         else:
             target.write_text(source, encoding="utf-8")
     return folder
+
+
+def check_export(folder: Path, listed_in: str = LIST) -> set[str]:
+    """The files that the last export to `folder` wrote; raises `ValueError` where `export` would, for hours before."""
+    earlier = exported(folder / listed_in)
+    foreign = sorted(visible_files(folder) - earlier)
+    if foreign:
+        raise ValueError(
+            f"{folder} holds '{foreign[0]}', which no export wrote: choose another folder, or move away what is there"
+        )
+    return earlier
 
 
 def exported(path: Path) -> set[str]:

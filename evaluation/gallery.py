@@ -21,6 +21,7 @@ from ldm.generate_files import make_grid, slug
 TILE = 96  # pixels of one picture in a strip
 RECONSTRUCTIONS, EDITS = 4, 5
 TRAINING = "training"
+EXPORT_LIST = f"{TRAINING}/{LIST}"
 Tiles = list[tuple[str, Path]]  # prompt and file of each picture of a strip
 
 
@@ -138,7 +139,7 @@ def export_pictures(request: Request, cells: Sequence[Cell], store: Store, folde
             for k in range(cell.drawing.count):
                 files[f"{target}/{k:03}.png"] = cell.drawing.file(drawn, prompt, k)
             files[f"{target}/prompt.txt"] = text
-    return export(folder, files, listed_in=f"{TRAINING}/{LIST}")  # the folder itself holds rows and nothing else
+    return export(folder, files, listed_in=EXPORT_LIST)  # the folder itself holds rows and nothing else
 
 
 def strip_picture(files: Iterable[Path]) -> bytes:

@@ -62,4 +62,7 @@ def concept_folders(folder: str | Path, names: Sequence[str] | None = None) -> l
 
 
 def _holds_pictures(folder: Path) -> bool:
-    return any(path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() for path in folder.iterdir())
+    return any(
+        path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith(".")
+        for path in folder.iterdir()
+    )

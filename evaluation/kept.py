@@ -16,13 +16,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from evaluation.cells import Store
+from evaluation.dreambench_plus import KINDS
 from evaluation.plan import Cell
 from evaluation.tables import KEY, cells_csv, write_text
 
 log = logging.getLogger(__name__)
 
 FILE, KEPT = "cells.csv", "kept.csv"
-NO_METRICS = ("row", "concept", "seed", "category", KEY)
+# Ratings (`KINDS`) come from files of their own: the hash of a score does not depend on them
+NO_METRICS = ("row", "concept", "seed", "category", *KINDS, KEY)
 
 
 def take_over(cells: Sequence[Cell], store: Store, folder: Path) -> int:
@@ -81,7 +83,7 @@ def read_lines(folder: Path) -> list[dict[str, str]]:
 
 
 def metrics_of(line: Mapping[str, str]) -> dict[str, float]:
-    """The metrics of a line; not-a-number is one (the diversity of a single picture), infinity is a mistake."""
+    """The metrics of a line but ratings; not-a-number is one (diversity of a single picture), infinity is a mistake."""
     values = {}
     for name, text in line.items():
         if name in NO_METRICS or not text:

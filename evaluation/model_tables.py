@@ -184,7 +184,7 @@ class ModelTable:
     """Does what is missing of a table of whole models.
 
     data: folder of pictures, with captions for text-to-image.
-    rows: only these; default: all.
+    rows: do only these; default: all. The others show what is there.
     network: the feature network, or None: then FID, KID and IS are left out.
     """
 
@@ -205,7 +205,8 @@ class ModelTable:
         self.network_file = network_file
         self.device = device
         self.quick = quick
-        self.rows = [row for row in table.rows if row.source != "published" and (rows is None or row.name in rows)]
+        self.rows = [row for row in table.rows if row.source != "published"]
+        self.wanted = {row.name for row in self.rows if rows is None or row.name in rows}
         limit = table.options.get("limit")
         if quick:
             limit = min(limit or QUICK_PICTURES, QUICK_PICTURES)
@@ -240,7 +241,7 @@ class ModelTable:
         return records
 
     def first_stages(self, part: tuple[int, int], report_only: bool) -> dict[str, Unit]:
-        """Score the first stages whose weights are there."""
+        """Score the wanted first stages whose weights are there; returns the units of all whose weights are."""
         from ldm.generate import load_model
 
         units: dict[str, Unit] = {}
@@ -249,8 +250,10 @@ class ModelTable:
                 units[row.name] = first_stage_unit(row, self.table, self.files, self.network_file)
             except FileNotFoundError as error:
                 log.warning("%s is left out: %s", row.label, error)
-        if not units:
-            raise FileNotFoundError(f"{self.table.name}: the weights of no row are there; see the warnings for where")
+        if self.wanted.isdisjoint(units):
+            raise FileNotFoundError(
+                f"{self.table.name}: the weights of no row that is asked for are there; see the warnings for where"
+            )
         self.rows = [row for row in self.rows if row.name in units]
         rows = {unit.key: self.table.row(name) for name, unit in units.items()}
         network = None if report_only else self.network()
@@ -261,12 +264,13 @@ class ModelTable:
             return score_first_stage(stage, self.files, self.table.options, network)
 
         if not report_only:
-            mine = shard(list(units.values()), lambda unit: unit.key, part)
+            wanted = [unit for name, unit in units.items() if name in self.wanted]
+            mine = shard(wanted, lambda unit: unit.key, part)
             Progress(self.store).run("First stages", mine, work)
         return units
 
     def drawn(self, part: tuple[int, int], report_only: bool) -> dict[str, Unit]:
-        """Draw the captions' pictures, then score each row whose pictures are all there."""
+        """Draw the captions' pictures, then score each wanted row whose pictures are all there."""
         from ldm.generate import load_model
 
         plan = {row.name: drawing_units(row, self.table, self.model, self.captions, self.quick) for row in self.rows}
@@ -282,10 +286,10 @@ class ModelTable:
             draw_captions(loaded[0], sampling, entries, folder)
             return {"pictures": len(entries)}
 
-        every = [unit for units in plan.values() for unit, _ in units]
+        wanted = [unit for name, units in plan.items() if name in self.wanted for unit, _ in units]
         if not report_only:
             check_inception(self.network_file)  # or it would be missing after days of drawing
-            Progress(self.store).run("Drawings", shard(every, lambda unit: unit.key, part), draw)
+            Progress(self.store).run("Drawings", shard(wanted, lambda unit: unit.key, part), draw)
             loaded.clear()
         whole = {name: units for name, units in plan.items() if all(self.store.is_done(unit) for unit, _ in units)}
         return self.score_drawn(whole, report_only)
@@ -293,18 +297,20 @@ class ModelTable:
     def score_drawn(
         self, whole: Mapping[str, Sequence[tuple[Unit, list[tuple[int, str]]]]], report_only: bool
     ) -> dict[str, Unit]:
-        """Score rows whose pictures are all drawn."""
+        """Score the wanted ones of the rows whose pictures are all drawn; returns the units of all of these."""
         real = names_and_sizes(self.files)
         network_print = fingerprint(self.network_file) if self.network_file else None
         scores = {}
         pictures: dict[str, list[Path]] = {}
         for name, units in whole.items():
-            settings = {"drawn": [unit.key for unit, _ in units], "real": real, "network": network_print}
+            settings = {"drawn": [unit.key for unit, _ in units], "real": real, "network": network_print,
+                        "size": self.model.size}  # fmt: skip
             scores[name] = Unit("fidelity", {"version": VERSION, **settings})
             pictures[scores[name].key] = [
                 self.store.folder(unit) / f"{number:06}.png" for unit, jobs in units for number, _ in jobs
             ]
-        if report_only or all(self.store.is_done(unit) for unit in scores.values()):
+        wanted = [unit for name, unit in scores.items() if name in self.wanted]
+        if report_only or all(self.store.is_done(unit) for unit in wanted):
             return scores
         network = self.network()
         assert network is not None
@@ -313,7 +319,7 @@ class ModelTable:
             del folder
             return {"metrics": score_pictures(pictures[unit.key], self.files, self.model.size, network)}
 
-        Progress(self.store).run("Scores", scores.values(), work)
+        Progress(self.store).run("Scores", wanted, work)
         return scores
 
     def result(self, records: Sequence[Mapping[str, Any]], facts: Mapping[str, str]) -> TableResult:

@@ -11,6 +11,7 @@ from evaluation.cells import Unit, digest, fingerprint
 from evaluation.clip_eval import without_words
 from evaluation.concepts import WORD, Concept
 from evaluation.experiments import (
+    METRICS,
     ModelSpec,
     Prompts,
     Row,
@@ -24,8 +25,10 @@ from evaluation.experiments import (
     training_options,
 )
 from evaluation.judges import judge_file
+from evaluation.scoring import METRICS as JUDGED
 from ldm.data.templates import per_img_token_list
 from ldm.generate_model import find_model_files
+from ldm.util import ConfigError, did_you_mean
 
 VERSION = 1  # to be raised when a change of the code makes earlier results wrong
 SECOND_WORD = "@"
@@ -135,13 +138,15 @@ class Planner:
         self.request = request
         model = request.model
         self.weights = fingerprint(find_model_files(model.checkpoint_path).checkpoint)
-        self.drawn_with = model_fingerprint(model.checkpoint_path)
+        self.drawn_with = model_fingerprint(model.checkpoint_path, model.size)
         self.config_values = read_yaml(model.config_file)
         self.config = digest(self.config_values)  # comments change no result
-        self.judges = {
+        judges = {
             alias: [name, fingerprint(judge_file(name, request.weights.get(alias)))]
             for alias, name in model.judges.items()
         }
+        # the first one's metrics have no prefix, so the order of several is a part of what scores depend on
+        self.judges = judges if len(judges) == 1 else [[alias, *of] for alias, of in judges.items()]
 
     def cells(self) -> list[Cell]:
         """All cells of the table; rows that a concept cannot have (see `lacks`) are left out."""
@@ -172,6 +177,9 @@ class Planner:
         prompts = prompts_for(self.request.model, concept.kind, row)
         if concept.prompts and not (row.prompts and "editing" in row.prompts):
             prompts = dataclasses.replace(prompts, editing=concept.prompts)
+        for text in (prompts.reconstruction, *prompts.editing) if row.source == "word" else ():
+            if WORD not in text:
+                raise ConfigError(f"row '{row.label}': the prompt '{text}' has no {WORD} for the word")
         named = [text.replace(CLASS, concept.init_word or "") for text in (prompts.reconstruction, *prompts.editing)]
         return Prompts(named[0], tuple(named[1:]))
 
@@ -255,10 +263,10 @@ class Planner:
         return Scoring(Unit("score", plain(settings)), drawing, texts, concept.pictures[:count], pictures, table)
 
 
-def model_fingerprint(path: str | Path) -> list[str | None]:
-    """Hashes of a model's weights and of the config beside them, with which pictures are drawn."""
+def model_fingerprint(path: str | Path, size: int | None = None) -> list[str | int | None]:
+    """Hashes of a model's weights and of the config beside them; where none is, the size that tells which it is."""
     files = find_model_files(path)
-    return [fingerprint(files.checkpoint), fingerprint(files.config) if files.config else None]
+    return [fingerprint(files.checkpoint), fingerprint(files.config) if files.config else size]
 
 
 def what_is_learned(options: TrainingOptions, kind: str) -> dict[str, Any]:
@@ -324,6 +332,7 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 def check_request(request: Request) -> None:
     """Raise `ValueError` for what a request lacks: a word to start from, the second concept, captions."""
     table = request.table
+    check_judges(request)
     learns = any(row.source == "word" for row in table.rows)
     named = any(row.source == "initial_word" or CLASS in str(row.prompts) for row in table.rows)
     for concept in (*request.concepts, *([request.second] if request.second else [])):
@@ -335,6 +344,19 @@ def check_request(request: Request) -> None:
             raise ValueError(f"concept '{concept.label}' has texts but no prompts")
     if any(row.second for row in table.rows) and request.second is None:
         raise ValueError(f"{table.name} needs the concept '{table.second}' too")
+
+
+def check_judges(request: Request) -> None:
+    """Raise `ValueError` for a metric with the alias of a judge that the model does not have."""
+    table, others = request.table, list(request.model.judges)[1:]
+    known = [*METRICS, *(f"{alias}_{metric}" for alias in others for metric in JUDGED)]
+    named = {metric for claim in table.claims for metric, _ in claim.rows()}
+    named |= {metric for measure in table.measures for metric, _ in measure.rows()}
+    for metric in (*table.columns, *table.extra, *sorted(named)):
+        if metric not in known:
+            raise ValueError(
+                f"{table.name}: no judge of {request.model.name} measures '{metric}'{did_you_mean(metric, known)}"
+            )
 
 
 def lacks(row: Row, concept: Concept, model: ModelSpec) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from evaluation.cells import Store, shard
 from evaluation.concepts import Concept, check_concepts, read_concepts
 from evaluation.emoji_concepts import concept_sets, write_concepts
 from evaluation.experiments import ModelSpec, Table, read_model, read_table
+from evaluation.export import check_export
 from evaluation.figures import write_figure
-from evaluation.gallery import Exhibit, export_pictures, make_gallery, save_strips
+from evaluation.gallery import EXPORT_LIST, Exhibit, export_pictures, make_gallery, save_strips
 from evaluation.kept import keep_others, take_over
 from evaluation.plan import Cell, Planner, Request, check_request, left_out
 from evaluation.report import write_report
@@ -78,6 +80,7 @@ def reproduce(options: Options, train: TrainCommand) -> TableResult:
         log.info("%s on %s: %d cells%s", table.name, model.name, len(cells), share(len(mine), len(cells)))
         pictures = options.export is not None or table.options.get("layout") == "dreambench_plus"
         workshop = Workshop(model, store, train, options.device, options.weights, table.antialias)
+        check_folders(options, table)
         workshop.run(mine, pictures_of_seed=request.seeds[0] if pictures else None)
         take_over(cells, store, options.out_folder)  # what another machine has written meanwhile
     result = collect(request, cells, store, {"Command": options.command} if options.command else {})
@@ -91,6 +94,25 @@ def reproduce(options: Options, train: TrainCommand) -> TableResult:
     if not options.report_only and workshop.failures:
         raise ValueError(f"{len(workshop.failures)} of the table's cells failed, the first: {workshop.failures[0]}")
     return result
+
+
+def check_folders(options: Options, table: Table) -> None:
+    """Raise for folders and files that could not be used after hours of work."""
+    options.out_folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(options.out_folder, os.W_OK):
+        raise PermissionError(f"--out {options.out_folder} may not be written to")
+    if options.export:
+        check_export(Path(options.export), EXPORT_LIST)
+    if table.options.get("layout") == "dreambench_plus":
+        for row in table.rows:
+            check_export(samples_folder(options, row.name))
+    if options.ratings and not Path(options.ratings).exists():
+        raise FileNotFoundError(f"--ratings {options.ratings} is not there")
+
+
+def samples_folder(options: Options, row: str) -> Path:
+    """Where a row's pictures go in the layout of DreamBench++."""
+    return options.out_folder / "samples" / row
 
 
 def warn_of_missing_pictures(request: Request, cells: Sequence[Cell], store: Store) -> None:
@@ -137,9 +159,9 @@ def finish_dreambench_plus(
     for row in request.table.rows:
         own = [cell for cell in cells if cell.row.name == row.name and cell.seed == request.seeds[0]]
         if own and all(cell.drawing and store.is_done(cell.drawing.unit) for cell in own):
-            folder = export_samples(own, store, options.out_folder / "samples" / row.name)
+            folder = export_samples(own, store, samples_folder(options, row.name))
             log.info("Pictures in the benchmark's layout, to be rated: %s", folder)
-    return add_ratings(result, request, options.ratings) if options.ratings else result
+    return add_ratings(result, request, options.ratings, options.out_folder / "samples") if options.ratings else result
 
 
 def share(count: int, total: int) -> str:

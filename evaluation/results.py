@@ -11,7 +11,7 @@ import numpy as np
 
 from evaluation.cells import Store
 from evaluation.claims import Finding, bootstrap_interval, check_claim, look_up_in
-from evaluation.experiments import Row, Table
+from evaluation.experiments import ModelSpec, Quick, Row, Table, sampling_options, training_options
 from evaluation.plan import Cell, Request, left_out
 from evaluation.scoring import METRICS
 from evaluation.stats import FAILS, HOLDS, UNDECIDED, Bootstrap, Interval
@@ -166,9 +166,10 @@ def describe(request: Request) -> dict[str, str]:
     """What a table was made with, for people."""
     model = request.model
     sampling, training = model.sampling, model.training
-    if request.quick:
-        sampling = {**sampling, **model.quick.sampling}
-        training = {**training, **{k: model.quick.scaled(v) for k, v in training.items() if k == "steps"}}
+    quick = model.quick if request.quick else None
+    if quick is not None:
+        sampling = {**sampling, **quick.sampling}
+        training = {**training, **{k: quick.scaled(v) for k, v in training.items() if k == "steps"}}
     facts = {
         "Model": model.label,
         "Judge": ", ".join(model.judges.values()) + " (raw cosines unless a scale is named)",
@@ -178,11 +179,28 @@ def describe(request: Request) -> dict[str, str]:
         "Sampling": ", ".join(f"{key} {value}" for key, value in sampling.items()),
         "Training": ", ".join(f"{key} {value}" for key, value in training.items()),
     }
+    for row in request.table.rows:
+        if own := what_is_its_own(row, model, quick):
+            facts[f"Row '{row.label}'"] = own
     if request.quick:
         facts["Quick form"] = "fewer concepts, seeds, steps and pictures: for a first look only"
     if missing := left_out(request):
         facts["Rows left out"] = missing
     return facts
+
+
+def what_is_its_own(row: Row, model: ModelSpec, quick: Quick | None) -> str:
+    """In what a row differs from the model's training and sampling, for people; empty if in nothing."""
+    if row.source == "published":
+        return ""
+    learned = dataclasses.asdict(training_options(model, row, quick)) if row.source == "word" else {}
+    drawn = dataclasses.asdict(sampling_options(model, row, quick)) if row.source != "training_pictures" else {}
+    return ", ".join(
+        f"{key} {values[key]}"
+        for said, values in ((row.training, learned), (row.sampling, drawn))
+        for key in said
+        if key in values
+    )
 
 
 def metric_notes(result: TableResult) -> list[str]:

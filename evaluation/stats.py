@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+from scipy.special import stdtrit
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -79,6 +80,10 @@ class Bootstrap:
         """Mean and percentile interval of results (C, S)."""
         return interval(self.mean(values), self.replicates(values), level, self.count(values))
 
+    def by_cell(self, values: np.ndarray) -> np.ndarray:
+        """Results (C, S) of single cells."""
+        return self._full(values)
+
     def count(self, values: np.ndarray) -> int:
         """How many results there are; values without seeds count once for each concept."""
         return int((~np.isnan(np.asarray(values, dtype=float))).sum())
@@ -95,6 +100,31 @@ def _mean(values: np.ndarray) -> np.ndarray:
     known = ~np.isnan(values)
     count = known.sum(-1)
     return np.where(count, np.where(known, values, 0.0).sum(-1) / np.maximum(count, 1), math.nan)
+
+
+def smallest(differences: np.ndarray, level: float = LEVEL) -> Interval:
+    """The smallest of the concepts' true differences; `differences` (C, S) are of single seeds.
+
+    Three seeds are too few for a bootstrap, so the bounds are Student's t, with one deviation between seeds for all
+    concepts. The lower bound is the least of the concepts' own: it errs only where the bound of the truly smallest
+    does. The upper bound, too, is the least, but any of C may be wrong there, so each has the level 1 - (1 - level) / C
+    (Bonferroni). Without results of some concept there is no lower bound, without two seeds of any there is neither.
+    """
+    values = np.asarray(differences, dtype=float)
+    counts = (~np.isnan(values)).sum(1)
+    known = values[counts > 0]
+    if not len(known):
+        return Interval(math.nan)
+    counts = counts[counts > 0]
+    means = _mean(known)
+    free = int((counts - 1).sum())
+    if free == 0:
+        return Interval(float(means.min()))
+    error = math.sqrt(np.nansum((known - means[:, None]) ** 2) / free) / np.sqrt(counts)
+    tail = (1 - level) / 2
+    low = (means - stdtrit(free, 1 - tail) * error).min() if len(known) == len(values) else math.nan
+    high = (means + stdtrit(free, 1 - tail / len(values)) * error).min()
+    return Interval(float(means.min()), float(low), float(high))
 
 
 def group_intervals(values: Mapping[str, np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Interval]:

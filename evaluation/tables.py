@@ -30,6 +30,12 @@ METHOD = (
 )
 
 
+OF_EVERY = (
+    " What is said of every concept rests on the one with the smallest difference: Student's t over the seeds, with "
+    "one deviation between seeds for all concepts, the upper bound corrected for their number."
+)
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A figure, or a dash."""
     return DASH if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
@@ -43,7 +49,7 @@ def with_interval(interval: Interval | None, digits: int = 3) -> str:
 def method_note(result: TableResult) -> str:
     """How intervals and verdicts come about, with a warning where they rest on little."""
     concepts = {record["concept"] for record in result.cells}
-    note = METHOD
+    note = METHOD + OF_EVERY * any(claim.every for claim in result.table.claims)
     if 0 < len(concepts) < FEW:
         note += f" With {len(concepts)} concept{'s' * (len(concepts) > 1)} the intervals are too narrow."
     note = note.replace("concept", unit(result))
@@ -119,7 +125,13 @@ def markdown_rows(result: TableResult) -> list[str]:
             if is_published(result, metric):
                 cells.append(number(row.published.get(metric)))
         rows.append(cells)
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
+    return markdown_lines(header, rows)
+
+
+def markdown_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table whose cells may hold any text."""
+    lines = (header, ["---"] * len(header), *rows)
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
 
 
 def is_published(result: TableResult, metric: str) -> bool:
@@ -129,13 +141,17 @@ def is_published(result: TableResult, metric: str) -> bool:
 
 def markdown_claims(result: TableResult) -> list[str]:
     """The lines of the list of claims."""
-    lines = [f"| claim | verdict | difference | {unit(result)}s | in our figures |", "| --- | --- | --- | --- | --- |"]
-    for finding in result.findings:
-        lines.append(
-            f"| {finding.claim.says} | **{finding.verdict}** | {with_interval(finding.difference, 4)} "
-            f"| {share(finding)} | `{finding.claim.holds_if}` |"
-        )
-    return lines
+    rows = [
+        [
+            finding.claim.says,
+            f"**{finding.verdict}**",
+            with_interval(finding.difference, 4),
+            share(finding),
+            f"`{finding.claim.holds_if}`",
+        ]
+        for finding in result.findings
+    ]
+    return markdown_lines(["claim", "verdict", "difference", f"{unit(result)}s", "in our figures"], rows)
 
 
 def share(finding: Finding) -> str:
@@ -148,7 +164,7 @@ def share(finding: Finding) -> str:
 def markdown_concepts(result: TableResult) -> list[str]:
     """The lines of the table by concept."""
     lines = concept_lines(result)
-    return [f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:])]
+    return markdown_lines(lines[0], lines[1:])
 
 
 def concept_lines(result: TableResult) -> list[list[str]]:
@@ -179,7 +195,7 @@ def to_csv(result: TableResult) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
     for row in result.table.rows:
-        line: list[Any] = [row.name, row.label]
+        line: list[Any] = [csv_cell(row.name), csv_cell(row.label)]
         for metric in result.metrics():
             found = result.interval(metric, row)
             bounds = (found.mean, found.low, found.high) if found else (None, None, None)

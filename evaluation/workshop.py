@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,21 @@ class Workshop:
             return self.score(job)
 
         work = {"train": train, "draw": draw, "score": judge}
-        progress.run("Units", ordered_units(cells), lambda unit, folder: work[unit.kind](unit, folder))
+        self.do_all(cells, progress, lambda unit, folder: work[unit.kind](unit, folder))
         self.failures = list(progress.failures.values())
         self.forget_model()
+
+    def do_all(
+        self, cells: Sequence[Cell], progress: Progress, work: Callable[[Unit, Path], Mapping[str, Any]]
+    ) -> None:
+        """Do the units of cells; what is wrong with some concepts, or even with all of them, is found in `failures`."""
+        concepts = {unit.key: cell.concept.label for cell in cells for unit in units_of(cell)}
+        try:
+            progress.run("Units", ordered_units(cells), work, group=lambda unit: concepts[unit.key])
+        except ValueError as error:
+            if error not in progress.failures.values():
+                raise
+            log.error("too many failures one after the other, so the rest is left: %s", error)
 
     def has(self, cell: Cell, pictures: bool) -> bool:
         """Whether a cell's score is there, and if they are wanted its pictures."""
@@ -132,7 +144,9 @@ class Workshop:
             log.info("Loading %s", self.spec.label)
             with quiet("ldm"):
                 precision = str(self.spec.sampling.get("precision", "full"))
-                self._model = load_model(self.spec.checkpoint_path, device=self.device, precision=precision)
+                self._model = load_model(
+                    self.spec.checkpoint_path, device=self.device, precision=precision, size=self.spec.size
+                )
         return self._model
 
     def forget_model(self) -> None:
@@ -230,6 +244,12 @@ class Workshop:
         assert job.drawing is not None
         folder = self.store.folder(job.drawing.unit)
         return load_images(job.drawing.file(folder, prompt, k) for k in range(job.drawing.count))
+
+
+def units_of(cell: Cell) -> list[Unit]:
+    """What a cell needs."""
+    drawing = [] if cell.drawing is None else [cell.drawing.unit]
+    return [*(job.unit for job in cell.trainings), *drawing, cell.scoring.unit]
 
 
 def ordered_units(cells: Sequence[Cell]) -> list[Unit]:

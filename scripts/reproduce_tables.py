@@ -44,12 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--models", metavar="YAML", help="a file of yours like configs/evaluation/models.yaml")
     add("--ckpt_path", metavar="FILE|DIR", help="the model's weights (default: where models.yaml says)")
     add("--concepts", metavar="DIR|SET", help="folder with one folder of pictures per concept; for the embedded model "
-        "also development or final (default: as models.yaml says)")  # fmt: skip
+        "also development, final or style (default: as models.yaml says)")  # fmt: skip
     add("--second", metavar="NAME", help="the second concept of tables with two words, a folder beside the others")
     add("--data", metavar="DIR", help="pictures (and captions) for the tables of first stages and of MS-COCO")
     add("--inception_weights", metavar="FILE", help="feature network behind FID, KID and IS "
         "(pt_inception-2015-12-05-6726825d.pth)")  # fmt: skip
-    add("--ratings", metavar="DIR", help="ratings for DreamBench++, see scripts/rate_dreambench_plus.py")
+    add("--ratings", metavar="DIR|FILE", help="ratings for DreamBench++, see scripts/rate_dreambench_plus.py")
     add("--names", nargs="+", metavar="NAME", help="only these concepts")
     add("--rows", nargs="+", metavar="ROW", help="do only these rows of the table; the others show what is there")
     add("--seeds", nargs="+", type=int, metavar="N", help="seeds of training (default: as models.yaml says)")

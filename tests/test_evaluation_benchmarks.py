@@ -181,6 +181,12 @@ def test_dreambench_plus_on_two_pictures(benchmark: Path, tmp_path: Path):
     assert result.facts["Product of the two"] == "overall 0.375 (published 0.236)"
     assert result.facts["Prompt following"].startswith("photorealistic 0.750 (published 0.671), style 0.750 (")
     assert [found.mean for found in result.measures.values()] == pytest.approx([0.375])
+    # the table's folder, which now holds the ratings, too, is read back without them
+    fresh = Options(**{**vars(options), "report_only": True, "store": str(tmp_path / "fresh")})
+    unrated = reproduce(fresh, learn_sculpture)
+    assert unrated.done == result.done
+    assert ("image", "textual_inversion") in unrated.intervals
+    assert not {("cp", "textual_inversion"), ("pf", "textual_inversion")} & set(unrated.intervals)
 
 
 @pytest.mark.parametrize(

@@ -160,11 +160,35 @@ def test_a_concept_is_a_folder(tmp_path: Path):
         ({"kind": "thing"}, "neither object nor style"),
         ({"prompts": ["on the beach"]}, r"has no \*"),
         ({"prompts": ["a *"], "texts": ["a", "b"]}, "2 texts for 1 prompts"),
+        ({"init_word": 7}, "init_word should be a word in quotes to start from, not 7"),
+        ({"init_word": True}, "init_word should be a word"),  # YAML reads a bare `on` as true
     ],
 )
 def test_mistakes_in_a_concept_are_named(said: dict[str, object], message: str, tmp_path: Path):
     folder = write_concept(tmp_path / "mug", 0, **said)
     with pytest.raises(ConfigError, match=message):
+        read_concept(folder)
+
+
+def test_a_concept_is_called_as_its_folder_is_named(tmp_path: Path):
+    data = tmp_path / "data"
+    for name in ("cat", "dog"):
+        write_concept(data / name / "images", 0, init_word="animal")
+        (tmp_path / "linked").mkdir(exist_ok=True)
+        (tmp_path / "linked" / name).symlink_to(data / name / "images")
+    assert [concept.label for concept in read_concepts(tmp_path / "linked")] == ["cat", "dog"]
+
+
+def test_hidden_files_make_no_concept(tmp_path: Path):
+    write_concept(tmp_path / "cat", 0)
+    (tmp_path / "._cat.png").write_bytes(b"of another system")
+    assert [concept.label for concept in read_concepts(tmp_path)] == ["cat"]
+
+
+def test_prompts_in_another_encoding_are_named(tmp_path: Path):
+    folder = write_concept(tmp_path / "cat", 0)
+    (folder / "prompts.txt").write_bytes("a * in a café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"prompts\.txt is not in UTF-8"):
         read_concept(folder)
 
 

@@ -169,3 +169,21 @@ def test_addresses_without_passwords():
     with pytest.raises(ValueError, match="leave user name and password out") as error:
         check_url("http://user:secret@host/v1")
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://host/v1?key=AIza-secret", "https://host/v1#secret", "host/v1?key=secret", "ftp://host/?secret#secret",
+     "http://host:x/v1?key=secret", "http://user:secret@host/v1?key=secret"],
+)  # fmt: skip
+def test_what_follows_an_address_is_not_quoted(url: str):
+    with pytest.raises(ValueError, match=r"host.*\.\.\.'|user name") as error:
+        check_url(url)
+    assert "secret" not in str(error.value)
+
+
+def test_a_new_address_is_named_without_its_secrets(url: str):
+    Service.answers = [(302, {"Location": "https://me:secret@host/v2?session=secret#secret"}, b"")]
+    with pytest.raises(Refused, match=r"its new address instead, https://host/v2\.\.\.$") as error:
+        Endpoint(url, "m").ask([])
+    assert "secret" not in str(error.value)

@@ -14,7 +14,7 @@ from torchmetrics.functional.pairwise import pairwise_cosine_similarity
 
 from evaluation import metrics
 from evaluation.claims import Claim, check_claim
-from evaluation.stats import FAILS, HOLDS, UNDECIDED, Bootstrap, Interval, group_intervals, interval
+from evaluation.stats import FAILS, HOLDS, UNDECIDED, Bootstrap, Interval, group_intervals, interval, smallest
 from ldm.util import ConfigError
 
 
@@ -184,6 +184,29 @@ def test_a_claim_of_every_concept_is_decided_by_each_ones_own_seeds():
     assert UNDECIDED in found
     assert verdict(small, 0.001) == HOLDS
     assert verdict(np.where(np.arange(20) == 7, -0.1, small), 0.02) == FAILS
+
+
+def test_the_smallest_difference_of_one_concept_has_students_interval():
+    values = np.array([[0.3, 0.1, 0.5, 0.2]])
+    low, high = scipy.stats.t.interval(0.95, 3, values.mean(), scipy.stats.sem(values[0]))
+    found = smallest(values)
+    assert (found.mean, found.low, found.high) == pytest.approx((values.mean(), low, high))
+    assert math.isnan(smallest(np.array([[0.3], [0.2]])).low)  # one seed each says nothing
+    partly = smallest(np.array([[0.3, 0.31, math.nan], [math.nan] * 3]))
+    assert math.isnan(partly.low)
+    assert partly.high > 0.305
+
+
+@pytest.mark.parametrize("concepts", [2, 20])
+def test_bounds_of_the_smallest_difference_are_seldom_wrong(concepts: int):
+    rng = np.random.default_rng(concepts)
+    equal = [smallest(rng.normal(size=(concepts, 3))) for _ in range(400)]
+    assert np.mean([found.high < 0 for found in equal]) < 0.05
+    one = np.zeros((concepts, 1))
+    one[1:] = 100.0
+    found = [smallest(one + rng.normal(size=(concepts, 3))) for _ in range(400)]
+    assert 0.005 < np.mean([bounds.low > 0 for bounds in found]) < 0.05
+    assert np.mean([bounds.high < 0 for bounds in found]) < 0.05
 
 
 @pytest.mark.parametrize(

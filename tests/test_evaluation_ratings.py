@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluation import ratings
 from evaluation.dreambench_plus import add_ratings, averages, category_of, prompt_kind, read_ratings, read_samples
 from evaluation.endpoint import Endpoint
 from evaluation.experiments import Row, Table
-from evaluation.ratings import messages_for, parse_score, picture_part, rate
+from evaluation.ratings import RUBRICS, messages_for, parse_score, picture_part, rate
 from evaluation.results import summarise
 from ldm.data.image import ImageLoader
 from tests.test_scripts_sampling import load
@@ -139,6 +140,40 @@ def test_ratings_without_a_method_count_for_one_row_only(tmp_path: Path):
         add_ratings(both, request, tmp_path)
 
 
+def test_ratings_of_other_pictures_stay_out_of_the_table(samples: Path, tmp_path: Path, caplog):
+    """They are left out with a warning; those that do not say what was rated, as published ones, count."""
+    (samples.parent / "all").mkdir()
+    samples.rename(samples.parent / "all" / "x")
+    table = Table("t", "", "", (Row("x", "x"),), columns=("cp", "pf"))
+    result = summarise(table, [{"row": "x", "concept": "object_00_cup", "seed": 0}], ["object_00_cup"], [0], {}, 1)
+    request: Any = type("Request", (), {"concepts": [type("C", (), {"label": "object_00_cup"})], "seeds": (0,)})
+    cup = next(read_samples(samples.parent / "all" / "x"))
+    same, other = ({**ITEM, "prompt_index": 0, "sample_hash": said} for said in (cup.shown("cp"), "f" * 16))
+    files = {"cp/full/a.json": same, "cp/full2/a.json": {**other, "score": 0}, "pf/full/a.json": {**ITEM, "score": 1}}
+    found = add_ratings(result, request, write_ratings(tmp_path / "r", files), samples.parent / "all")
+    assert (found.cells[0]["cp"], found.cells[0]["pf"]) == (1.0, 0.25)
+    assert found.facts["Concept preservation"] == "object 1.000, overall 1.000"
+    assert "1 of 2 ratings (cp) in" in caplog.text
+    files = {"cp/full/a.json": other}
+    found = add_ratings(result, request, write_ratings(tmp_path / "s", files), samples.parent / "all")
+    assert "cp" not in found.cells[0]
+    assert "Concept preservation" not in found.facts
+    found = add_ratings(result, request, tmp_path / "s", tmp_path / "nowhere")  # nothing to compare with
+    assert found.cells[0]["cp"] == 1.0
+
+
+def test_ratings_of_an_earlier_table_are_not_merged(tmp_path: Path):
+    table = Table("t", "", "", (Row("x", "x"),), columns=("cp", "pf"))
+    record = {"row": "x", "concept": "object_00_cup", "seed": 0, "image": 0.5, "cp": 0.25, "pf": 0.25}
+    request: Any = type("Request", (), {"concepts": [type("C", (), {"label": "object_00_cup"})], "seeds": (0,)})
+    write_ratings(tmp_path, {"cp.json": {"object_00_cup-3": 4}})
+    found = add_ratings(summarise(table, [record], ["object_00_cup"], [0], {}, 1), request, tmp_path)
+    assert {name: value for name, value in found.cells[0].items() if isinstance(value, float)} == {
+        "image": 0.5,
+        "cp": 1.0,
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -173,13 +208,23 @@ READ = {
     "Score: 2\nScore: 2": 2, "Score (0-4): 3": 3, "Score: Good 3": 3, "Score: **very poor** 0": 0, "Score: good (3)": 3,
     "Score: fair - 2": 2, "Score: 4.": 4, "Score: 3/4": 3, "Score: 3 / 4.": 3, "Score: 3 out of 4": 3,
     "Score: 3 (out of 4)": 3, "Score: 3 (good)": 3, "Score: 3 - good": 3, "Score: see below.\nScore: 1": 1,
+    "Score: 3.0": 3, "Score: 4.0/4.0": 4, "Score: [3]": 3, 'Score: "3"': 3, "Score: `3`": 3, '{"score": 3}': 3,
+    "Score: (3)": 3, "Score: “3”": 3, "```json\n{'score': '2'}\n```": 2, '"score": 3.0,\n': 3,
+    '{"score": 3, "reason": "it has 2 handles"}': 3, "Score: 3, because of 1 leg": 3, "Score: 3 because of 1 leg": 3,
+    "Overall score: 3 – good, no 2nd arm": 3, "Score: 3/4 (the 3-legged stool has 4 legs)": 3, "Score: 0, no cup": 0,
+    "Score: 3, and it fits": 3,
 }  # fmt: skip
 REFUSED = [
     "Score is 1", "no idea", "Score: 7", "Score: 1 or Score: 2", "Score: 1\nScore: 2", "Score: 3.5", "Score: 3,5",
     "Score: 3-4", "Score: 3 – 4", "Score: 3 to 4", "Score: 3 or four", "Score: 3/10", "Score: 3/40", "Score: 3/4.5",
     "Score: 3 out of 10", "Score: 3 out of ten", "Score: 3 of 5", "Score: between 2 and 3", "Score: below 2",
     "Score: not 3", "Score: about 3", "Score: ~3", "Score: -1", "Score: 3+", "Score: 3%", "Score: 3½",
-    "Score: 3 and a half", "Score: 3 point five", "Score: 33", "Score: below 2\nScore: 2",
+    "Score: 3 and a half", "Score: 3 point five", "Score: 33", "Score: below 2\nScore: 2", "Score: 3.05", "Score: 5.0",
+    "Score: [7]", "Score: [3, 4]", "Score: [2-3]", "Score: [3][4]", "Score: 3 [4]", '{"score": 9}', '{"score": 3.5}',
+    '{"shape": 4, "score": 3, "colour": 2}', "Score: 3, 4", "Score: 3, or 4", "Score: 3, or four", "Score: 3 (or 4)",
+    "Score: 3, maybe 4", "Score: 3, maybe 4 stars", "Score: 3, rather than 4 here", "Score: 3, shape 4, colour 2",
+    "Score: 3, as colour is 4 and shape 2", "Score: 3, almost a 4", "Score: 3 - 4 points", "Score: 3.0.1",
+    "Score: -3.0",
 ]  # fmt: skip
 
 
@@ -260,6 +305,57 @@ def test_ratings_by_an_endpoint(service: str, samples: Path, tmp_path: Path):
     before = len(Rater.requests)
     rate(read_samples(samples), endpoint, out, repeats=2)
     assert len(Rater.requests) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [("tgt_image", {"cp", "pf"}), ("src_image", {"cp"}), ("text", {"pf"}), ("rubric", {"pf"}), ("rater", {"cp", "pf"})],
+)
+def test_what_has_changed_is_rated_again(
+    service: str, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, changed: str, again: set[str]
+):
+    Rater.failures = 0
+    out, rater = tmp_path / "ratings", "seer"
+    rate(read_samples(samples), Endpoint(service, rater), out, repeats=1)
+    before = {file: file.read_text() for file in out.rglob("*.json")}
+    assert len(before) == len(Rater.requests) == 4
+    if changed == "rater":
+        rater = "other"
+    elif changed == "rubric":
+        monkeypatch.setitem(RUBRICS, "text", RUBRICS["text"] + " Be strict.")
+    elif changed == "text":
+        (samples / "text" / "object_00_cup" / "0_0.txt").write_text("a large cup")
+    else:
+        Image.new("RGB", (32, 32), "red").save(samples / changed / "object_00_cup" / "0_0.jpg")
+    asked = len(again) * (2 if changed in ("rubric", "rater") else 1)  # of one sample, or of both
+    assert rate(read_samples(samples), Endpoint(service, rater), out, repeats=1) == 0
+    assert len(Rater.requests) == 4 + asked
+    assert f"{asked} ratings in {out} are of something else" in caplog.text
+    assert {file.parts[-3] for file in before if file.read_text() != before[file]} == again
+    rate(read_samples(samples), Endpoint(service, rater), out, repeats=1)
+    assert len(Rater.requests) == 4 + asked
+
+
+def test_ratings_from_elsewhere_are_not_asked_for_again(service: str, samples: Path, tmp_path: Path):
+    """Published ones do not say what was rated and by whom."""
+    items = {f"cp/full/textual_inversion-object_00_cup-{k}.json": {**ITEM, "prompt_index": k} for k in range(2)}
+    out = write_ratings(tmp_path / "ratings", items)
+    assert rate(read_samples(samples), Endpoint(service, "seer"), out, ["cp"], repeats=1) == 0
+    assert not Rater.requests
+    assert len(read_ratings(out)["cp"]) == 2
+
+
+def test_a_damaged_sample_does_not_keep_the_others_from_being_rated(
+    service: str, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    Rater.failures = 0
+    monkeypatch.setattr(ratings, "GIVE_UP_AFTER", 2)  # which is for a service that fails
+    damaged = samples / "tgt_image" / "object_00_cup" / "0_0.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    assert rate(read_samples(samples), Endpoint(service, "seer"), tmp_path / "ratings", repeats=1) == 2
+    assert str(damaged) in caplog.text
+    assert "cp of object_00_cup, prompt 0 cannot be rated" in caplog.text
+    assert {key for kind in read_ratings(tmp_path / "ratings").values() for key in kind} == {("object_00_cup", 1)}
 
 
 def test_a_service_that_will_not_answer_is_asked_no_more(service: str, samples: Path, tmp_path: Path):

@@ -40,9 +40,9 @@ from evaluation.plan import (
     wordings,
 )
 from evaluation.reproduce import Options, make_request, reproduce
-from evaluation.results import TableResult, summarise
+from evaluation.results import TableResult, describe, summarise, what_is_its_own
 from evaluation.stats import HOLDS
-from evaluation.tables import to_csv, to_latex, to_markdown
+from evaluation.tables import markdown_rows, to_csv, to_latex, to_markdown
 from evaluation.training_runs import overrides
 from evaluation.workshop import summary
 from ldm.resources import config_path, resource_root
@@ -464,10 +464,13 @@ def test_rows_that_a_concept_cannot_have_are_left_out(tmp_path: Path, caplog: py
 def test_the_config_beside_the_weights_counts_for_pictures(tmp_path: Path):
     for name in ("config.yaml", "model.safetensors"):
         (tmp_path / name).write_bytes((resource_root() / "models/ldm/emoji64" / name).read_bytes())
-    before = model_fingerprint(tmp_path)
+    before = model_fingerprint(tmp_path, 512)
+    assert model_fingerprint(tmp_path, 768) == before
     config = tmp_path / "config.yaml"
     config.write_text(config.read_text().replace("parameterization: v", "parameterization: eps"))
-    assert model_fingerprint(tmp_path) != before
+    assert model_fingerprint(tmp_path, 512) != before
+    config.unlink()  # then it is the size that tells which published model it is
+    assert model_fingerprint(tmp_path, 512) != model_fingerprint(tmp_path, 768)
 
 
 def test_a_second_concept_needs_a_word_to_start_from(tmp_path: Path):
@@ -644,6 +647,20 @@ def test_mistakes_in_a_table_are_named(change: dict, message: str, tmp_path: Pat
         read_table(str(tmp_path / "t.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"columns": ["text", "owm_image"]}, "no judge of tiny measures 'owm_image'"),
+        ({"claims": [{"says": "", "holds_if": "clip_image(ours) > 0"}]}, "measures 'clip_image'"),
+        ({"rows": {"ours": {"prompts": {"editing": ["{} on the moon"]}}}}, r"the prompt '{} on the moon' has no \*"),
+    ],
+)
+def test_mistakes_in_a_table_for_a_model_are_named(change: dict, message: str, world: Options, tmp_path: Path):
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump({**TABLE, "claims": [], **change}))
+    with pytest.raises(ValueError, match=message):
+        reproduce(dataclasses.replace(world, table=str(tmp_path / "t.yaml"), out=str(tmp_path / "out")), refuse)
+
+
 def test_mistakes_on_the_command_line(world: Options, tmp_path: Path):
     with pytest.raises(ValueError, match="did you mean 'figure10'"):
         read_table("figure_10")
@@ -714,3 +731,34 @@ def test_cells_depend_on_the_judge_but_trainings_do_not(world: Options, tmp_path
     assert cells[0].trainings[0].unit.key == cells[1].trainings[0].unit.key
     assert cells[0].drawing.unit.key == cells[1].drawing.unit.key
     assert cells[0].scoring.unit.key != cells[1].scoring.unit.key
+
+
+def test_the_order_of_judges_counts(world: Options):
+    """The first one's metrics are those without a prefix."""
+    table, model = read_table(world.table), read_model("tiny", world.models_file)
+    concepts = tuple(read_concepts(world.concepts))
+    weights = {"a": world.weights["own"], "b": world.weights["own"]}
+    keys = set()
+    for order in ("ab", "ba"):
+        both = dataclasses.replace(model, judges=dict.fromkeys(order, "emoji64"))
+        request = Request(table, both, concepts, (0,), weights=weights)
+        keys.add(Planner(request).cells()[0].scoring.unit.key)
+    assert len(keys) == 2
+
+
+def test_what_rows_change_is_said(world: Options):
+    facts = describe(make_request(world, read_table(world.table), read_model("tiny", world.models_file), Store("x")))
+    assert facts["Row 'one word, early'"] == "save_every 2"
+    assert "Row 'one word'" not in facts
+    sampled = read_table("custom_diffusion")
+    row = what_is_its_own(sampled.row("textual_inversion"), read_model("sd15"), None)
+    assert "learning_rate 0.005" in row
+    assert "eta 1.0, scale 6.0" in row
+
+
+def test_bars_in_texts_do_not_part_a_table(world: Options):
+    table = dataclasses.replace(read_table(world.table), labels={"text": "text | other"})
+    records = [{"row": row.name, "concept": "cat", "seed": 0, "text": 0.5} for row in table.rows]
+    lines = markdown_rows(summarise(table, records, ["cat"], [0], {}, 6))
+    assert "text \\| other" in lines[0]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1

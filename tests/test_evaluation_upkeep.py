@@ -175,7 +175,7 @@ def test_pictures_that_change_meanwhile_are_noticed(world: Options, tmp_path: Pa
         ({"captions": ["a red thing"]}, r"captions should be like \{short"),
         ({"captions": {"short": [5]}}, "should be a list of texts"),
         ({"prompts": "* on the beach"}, "prompts should be a list of texts"),
-        ({"init_word": " "}, "init_word is empty"),
+        ({"init_word": " "}, "init_word should be a word in quotes"),
     ],
 )
 def test_mistakes_in_a_concept_are_named(said: dict, message: str, tmp_path: Path):
@@ -227,6 +227,55 @@ def test_what_fails_for_every_unit_stops(tmp_path: Path):
     with pytest.raises(ValueError, match="no memory card"):
         Progress(Store(tmp_path)).run("Units", [Unit("train", {"n": n}) for n in range(9)], fail)
     assert len(done) == 3
+
+
+def test_a_concept_that_fails_does_not_keep_the_others_from_being_done(tmp_path: Path):
+    units = [Unit("train", {"concept": concept, "n": n}) for concept in "abc" for n in range(5)]
+    tried: list[str] = []
+
+    def run(bad: str) -> list[str]:
+        progress = Progress(Store(tmp_path / bad))
+
+        def work(unit: Unit, folder: Path) -> dict:
+            tried.append(unit.settings["concept"])
+            if unit.settings["concept"] in bad:
+                raise ValueError(f"no word for {unit.settings['concept']}")
+            return {}
+
+        tried.clear()
+        progress.run("Units", units, work, group=lambda unit: unit.settings["concept"])
+        return list(progress.failures)
+
+    assert len(run("a")) == 5
+    assert len(run("ab")) == 10
+    with pytest.raises(ValueError, match="no word for c"):
+        run("abc")
+    assert tried == ["a"] * 5 + ["b"] * 5 + ["c"]
+
+
+def test_a_run_that_is_given_up_still_writes_its_table(world: Options, tmp_path: Path):
+    options = dataclasses.replace(world, store=str(tmp_path / "store"), out=str(tmp_path / "out"), seeds=[0, 1, 2])
+
+    def train(words: list[str]) -> None:
+        raise ValueError("the word's vectors are not finite")
+
+    with pytest.raises(ValueError, match="of the table's cells failed, the first: the word's vectors"):
+        reproduce(options, train)
+    assert (tmp_path / "out" / "table.md").is_file()
+
+
+def test_folders_that_could_not_be_used_are_named_before_the_work(world: Options, tmp_path: Path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "holiday.txt").write_text("mine")
+    (tmp_path / "file").write_text("")
+    options = dataclasses.replace(world, store=str(tmp_path / "store"), out=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="holds 'holiday.txt'"):
+        reproduce(dataclasses.replace(options, export=str(tmp_path / "export")), refuse)
+    with pytest.raises(OSError, match="file"):
+        reproduce(dataclasses.replace(options, out=str(tmp_path / "file" / "out")), refuse)
+    with pytest.raises(FileNotFoundError, match="--ratings"):
+        reproduce(dataclasses.replace(options, ratings=str(tmp_path / "nothing")), refuse)
+    assert not list((tmp_path / "store").glob("*/*/result.json"))
 
 
 def test_deleted_pictures_and_words_are_made_again_where_they_are_needed(world: Options, tmp_path: Path):

@@ -147,6 +147,56 @@ def test_pictures_from_captions_in_shards(network: list[int], pictures: Path, tm
     assert read_settings(drawn[0])["prompt"] == "a photo of a sculpture"
 
 
+def test_rows_choose_what_is_done_and_not_what_is_shown(
+    network: list[int], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drawn: list[float] = []
+    draw = model_tables.draw_captions
+    monkeypatch.setattr(model_tables, "draw_captions", lambda m, s, *rest: (drawn.append(s.scale), draw(m, s, *rest)))
+    options = options_for(TEXT_TO_IMAGE, tmp_path, pictures)
+    first = reproduce(dataclasses.replace(options, rows=["plain"]), refuse)
+    assert (set(drawn), first.done, first.total) == ({1.0}, 1, 2)
+    both = reproduce(dataclasses.replace(options, rows=["guided"]), refuse)
+    assert (set(drawn), both.done, both.total) == ({1.0, 1.5}, 2, 2)
+    assert both.intervals["fid", "plain"] == first.intervals["fid", "plain"]
+    assert sum(network) == 2 * 2 * 5
+    for score in (tmp_path / "store" / "fidelity").glob("*/result.json"):
+        score.unlink()
+    reproduce(dataclasses.replace(options, rows=["guided"]), refuse)
+    assert sum(network) == 3 * 2 * 5  # the other row is not scored again
+
+
+def test_rows_of_first_stages(network: list[int], pictures: Path, tmp_path: Path):
+    rows = {"lost": {"options": {"name": "no-such-stage"}}}
+    for seed, name in enumerate(("vq", "other")):
+        rows[name] = {"options": {"name": str(write_model(tmp_path / name, {"model": vq_stage()}, seed))}}
+    options = options_for({**FIRST_STAGES, "rows": rows, "claims": []}, tmp_path, pictures)
+    first = reproduce(dataclasses.replace(options, rows=["vq"]), refuse)
+    done = len(network)
+    both = reproduce(dataclasses.replace(options, rows=["other"]), refuse)
+    assert len(network) == 2 * done
+    assert (first.done, both.done) == (7, 14)
+    assert both.intervals["psnr", "vq"].mean == first.intervals["psnr", "vq"].mean
+    with pytest.raises(FileNotFoundError, match="the weights of no row that is asked for are there"):
+        reproduce(dataclasses.replace(options, rows=["lost"]), refuse)
+
+
+def test_another_size_of_the_pictures_makes_other_figures(network: list[int], pictures: Path, tmp_path: Path):
+    """The model's size is that of the crops, although the pictures are drawn in a size of their own."""
+    table = yaml.safe_load(yaml.safe_dump(TEXT_TO_IMAGE))
+    for name in ("plain", "guided"):
+        table["rows"][name]["sampling"] |= {"height": 32, "width": 32}
+    options = options_for(table, tmp_path, pictures)
+    large = reproduce(options, refuse)
+    models = yaml.safe_load(Path(options.models_file).read_text())
+    models["tiny"]["size"] = 16
+    write_config(Path(options.models_file), models)
+    small = reproduce(options, refuse)
+    assert len(list((tmp_path / "store" / "captions").glob("*/result.json"))) == 2 * 3
+    assert sum(network) == 2 * 2 * 2 * 5
+    assert large.intervals["fid", "plain"] != small.intervals["fid", "plain"]
+
+
 def test_parts_weigh_the_same():
     for count in (1, 7, 23, 50):
         parts = split_evenly(torch.arange(count, dtype=torch.float64))
@@ -165,7 +215,7 @@ def test_what_fid_needs_is_missed_before_anything_is_drawn(pictures: Path, tmp_p
 def test_a_table_without_any_first_stage_says_so(pictures: Path, tmp_path: Path):
     rows = {"lost": {"options": {"name": "no-such-stage"}}}
     options = options_for({**FIRST_STAGES, "rows": rows, "claims": []}, tmp_path, pictures)
-    with pytest.raises(FileNotFoundError, match="the weights of no row are there"):
+    with pytest.raises(FileNotFoundError, match="the weights of no row that is asked for are there"):
         reproduce(options, refuse)
 
 
