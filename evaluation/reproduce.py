@@ -105,14 +105,14 @@ def check_folders(options: Options, table: Table) -> None:
         check_export(Path(options.export), EXPORT_LIST)
     if table.options.get("layout") == "dreambench_plus":
         for row in table.rows:
-            check_export(samples_folder(options, row.name))
+            check_export(samples_folder(options) / row.name)
     if options.ratings and not Path(options.ratings).exists():
         raise FileNotFoundError(f"--ratings {options.ratings} is not there")
 
 
-def samples_folder(options: Options, row: str) -> Path:
-    """Where a row's pictures go in the layout of DreamBench++."""
-    return options.out_folder / "samples" / row
+def samples_folder(options: Options) -> Path:
+    """Where the rows' pictures go in the layout of DreamBench++."""
+    return options.out_folder / "samples"
 
 
 def warn_of_missing_pictures(request: Request, cells: Sequence[Cell], store: Store) -> None:
@@ -159,9 +159,9 @@ def finish_dreambench_plus(
     for row in request.table.rows:
         own = [cell for cell in cells if cell.row.name == row.name and cell.seed == request.seeds[0]]
         if own and all(cell.drawing and store.is_done(cell.drawing.unit) for cell in own):
-            folder = export_samples(own, store, samples_folder(options, row.name))
+            folder = export_samples(own, store, samples_folder(options) / row.name)
             log.info("Pictures in the benchmark's layout, to be rated: %s", folder)
-    return add_ratings(result, request, options.ratings, options.out_folder / "samples") if options.ratings else result
+    return add_ratings(result, request, options.ratings, samples_folder(options)) if options.ratings else result
 
 
 def share(count: int, total: int) -> str:
